@@ -1,0 +1,7 @@
+"""How a block of keys or of values is written in bytes. One file per codec; `Codec` says what each must offer."""
+
+from kvmosaic.codecs.base import Codec, Packed, Part
+from kvmosaic.codecs.exact import Exact
+from kvmosaic.codecs.uniform import Uniform
+
+__all__ = ["Codec", "Exact", "Packed", "Part", "Uniform"]

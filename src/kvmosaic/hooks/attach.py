@@ -1,0 +1,125 @@
+"""Attaching a recipe to a model, so that generate needs no cache argument; and the hook that every cache relies on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kvmosaic.errors import UnsupportedModel
+from kvmosaic.hooks import models
+from kvmosaic.hooks.attention import NAME
+from kvmosaic.hooks.cache import Cache
+from kvmosaic.recipe import Recipe
+
+_HOOKED = "_kvmosaic_hooks"
+_PREVIOUS = "_kvmosaic_previous_attention"
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Set the text model's attention to kvmosaic's, and tell its caches of each forward pass. Does nothing twice.
+
+    Raises UnsupportedModel if the model does not take an attention function.
+    """
+    text = models.text_config(model.config)
+    if text._attn_implementation != NAME:
+        setattr(model, _PREVIOUS, text._attn_implementation)
+        _set_attention(model, NAME)
+        if text._attn_implementation != NAME:
+            raise UnsupportedModel(
+                f"{type(model).__name__} does not take its attention function from transformers' interface. "
+                f"Supported: {models.SUPPORTED}"
+            )
+    if not hasattr(model, _HOOKED):
+        begin = _Begin(model.config)
+        hooks = [module.register_forward_pre_hook(begin, with_kwargs=True) for module in _entries(model)]
+        setattr(model, _HOOKED, hooks)
+
+
+def attach(model: PreTrainedModel, recipe: Recipe) -> None:
+    """From now on `model.generate(...)` makes a cache of this recipe when none is passed. `detach` undoes it.
+
+    The cache is in the output: `generate(..., return_dict_in_generate=True).past_key_values.report()`.
+    Raises UnsupportedModel as `Cache` does, and ValueError if another recipe is attached.
+    """
+    if "_prepare_cache_for_generation" in vars(model):
+        raise ValueError("a recipe is attached to this model already. Call kvmosaic.detach(model) first")
+    Cache(model, recipe)  # refuses now, not at the first generate
+    stock = model._prepare_cache_for_generation
+
+    def prepare_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation is not None:
+                raise ValueError(
+                    f"cache_implementation={generation_config.cache_implementation!r} and an attached recipe exclude each "
+                    "other. Drop the argument, or call kvmosaic.detach(model)"
+                )
+            model_kwargs["past_key_values"] = cache = Cache(model, recipe)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            return None
+        return stock(generation_config, model_kwargs, *args, **kwargs)
+
+    model._prepare_cache_for_generation = prepare_cache
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach` and `Cache`: the model's own attention and caches. A cache made before no longer works with it."""
+    vars(model).pop("_prepare_cache_for_generation", None)
+    for hook in vars(model).pop(_HOOKED, ()):
+        hook.remove()
+    previous = vars(model).pop(_PREVIOUS, None)
+    if previous is not None:
+        _set_attention(model, previous)
+
+
+@contextmanager
+def compress(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
+    """`with kvmosaic.compress(model, recipe): model.generate(...)`: `attach` at the start, `detach` at the end."""
+    attach(model, recipe)
+    try:
+        yield
+    finally:
+        detach(model)
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    key = models.language_model_key(model)
+    model.set_attn_implementation({key: name} if key else name)
+
+
+def _entries(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """The modules at which token ids enter: the model itself, and what it wraps if that can be called with ids."""
+    yield model
+    inner = getattr(model, "model", None)
+    if isinstance(inner, nn.Module) and "input_ids" in inspect.signature(inner.forward).parameters:
+        yield inner
+
+
+class _Begin:
+    """Before a forward pass: which of its tokens are visual. The text model sees embeddings only, so it is asked here."""
+
+    def __init__(self, config: Any) -> None:
+        self.fingerprint = models.fingerprint(config)
+        self.visual_ids = models.visual_ids(config)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
+        entering = embeds if ids is None else ids
+        if not isinstance(cache, Cache) or entering is None:
+            return
+        visual = None
+        if cache.recipe.visual is not None:
+            if ids is None:
+                raise ValueError(
+                    "a recipe with visual tokens needs input_ids: from inputs_embeds alone nobody can tell which tokens are "
+                    "visual"
+                )
+            visual = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+        cache.begin(self.fingerprint, visual, tokens=entering.shape[1])

@@ -1,0 +1,81 @@
+"""Which transformers models a compressed cache can serve, and why not the others."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from kvmosaic.errors import UnsupportedModel
+
+REFUSED = {
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "longcat_flash", "minicpm3", "glm4_moe_lite"),
+        "its cache holds latents that are expanded to keys after the cache returns them (MLA)",
+    ),
+    "diffllama": "it splits the values after the cache returns them",
+    "jetmoe": "it repeats keys and values after the cache returns them",
+    "mllama": "its visual tokens lie in cross-attention layers",
+    **dict.fromkeys(
+        ("falcon", "bloom", "gptj", "mpt", "codegen"), "its attention does not go through transformers' interface"
+    ),
+    **dict.fromkeys(("t5", "mt5", "umt5", "longt5", "udop"), "its attention adds a learned bias for each position"),
+}
+"""By `model_type` of the text model."""
+
+SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Phi3, Gemma3, InternVL, LLaVA-OneVision, LLaVA-NeXT, Qwen2.5-VL, Qwen3-VL"
+
+
+def text_config(config: Any) -> Any:
+    return config.get_text_config(decoder=True)
+
+
+def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
+    """(type, arguments of the stock cache layer) of each layer of the text model."""
+    types, arguments = get_layer_types_and_kwargs(text_config(config))
+    return list(zip(types, arguments, strict=True))
+
+
+def check(config: Any) -> None:
+    """Raises UnsupportedModel, with the reason, for a model whose cache cannot be compressed."""
+    text = text_config(config)
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    for each in (config, text):
+        if each.model_type in REFUSED:
+            raise UnsupportedModel(
+                f"{name}: {REFUSED[each.model_type]}, so stored bytes cannot be attended. Supported: {SUPPORTED}"
+            )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModel(f"{name}: encoder-decoder models keep two caches. Supported: {SUPPORTED}")
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise UnsupportedModel(
+            f"{name}: some layers read the keys of an earlier layer in the same step, exact ones. Supported: {SUPPORTED}"
+        )
+    types = {kind for kind, _ in layer_types(config)}
+    if "full_attention" not in types:
+        raise UnsupportedModel(
+            f"{name}: no layer attends to the whole context ({', '.join(sorted(types))}), so there is nothing to "
+            f"compress that grows. Supported: models with full-attention layers, as {SUPPORTED}"
+        )
+
+
+def visual_ids(config: Any) -> tuple[int, ...]:
+    """The token ids that stand for visual tokens; empty for a text model.
+
+    From the model's config, not the processor: Gemma3's processor calls its begin-of-image token the image token.
+    """
+    ids = (getattr(config, name, None) for name in ("image_token_id", "video_token_id"))
+    return tuple(dict.fromkeys(each for each in ids if each is not None))
+
+
+def fingerprint(config: Any) -> str:
+    """What a cache or a calibration file must agree on with a model: family and shape of its text model."""
+    text = text_config(config)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = f"{text.num_attention_heads}/{getattr(text, 'num_key_value_heads', None) or text.num_attention_heads}"
+    return f"{config.model_type} {text.num_hidden_layers} layers, {heads} heads of {head}, hidden {text.hidden_size}, vocabulary {text.vocab_size}"
+
+
+def language_model_key(model: PreTrainedModel) -> str | None:
+    """The name of the text model's sub-config, so that a vision tower keeps its own attention; None for text models."""
+    text = text_config(model.config)
+    return next((key for key in model.config.sub_configs if getattr(model.config, key) is text), None)

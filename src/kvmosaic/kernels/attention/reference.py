@@ -1,0 +1,110 @@
+"""Attention over a coded store in plain PyTorch: the specification of every compiled kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvmosaic.kernels.attention.partial import Partial
+
+if TYPE_CHECKING:
+    from kvmosaic.codecs import Packed
+    from kvmosaic.stores.lane import LaneBytes
+
+
+@dataclass(frozen=True)
+class Affine:
+    """CalibQuant's calibration of the logits over a store: their range [least, greatest] in each query row is mapped
+    to [least - low, greatest - high] (arXiv:2502.14882; the paper's tau1 and tau2).
+
+    The released code lets the slope fall below zero where the range is narrower than high - low, which turns the order
+    of the tokens round. Here the slope stays positive, unless `official`.
+    """
+
+    low: float = 0.0
+    high: float = 3.0
+    official: bool = False
+
+    def apply(self, logits: Tensor, valid: Tensor) -> Tensor:
+        """logits [B, H, M, S] float32, valid [B, H, 1, S] bool: invalid entries come out as they went in."""
+        least = logits.masked_fill(~valid, torch.inf).amin(-1, keepdim=True)
+        spread = logits.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True) - least
+        slope = 1 - (self.high - self.low) / (spread + 1e-8)
+        if not self.official:
+            slope = slope.clamp_min(1e-3)
+        return torch.where(valid, least - self.low + (logits - least) * slope, logits)
+
+
+def attend(
+    keys: LaneBytes,
+    values: LaneBytes,
+    length: Tensor,
+    query: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    affine: Affine | None = None,
+) -> Partial:
+    """query [B, H, M, D] float32 over slots 0 ... length[b, h] - 1 of both lanes. No slot is masked otherwise."""
+    slots = int(length.max())
+    slot = torch.arange(slots, device=query.device)
+    valid = (slot < length[..., None])[:, :, None]  # [B, H, 1, S]
+    logits = _logits(keys, query, slot) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if affine is not None:
+        logits = affine.apply(logits, valid)
+    logits = logits.masked_fill(~valid, -torch.inf)
+    lse = torch.logsumexp(logits, -1)
+    weights = (logits - lse[..., None]).exp().nan_to_num(0.0)  # rows without tokens
+    return Partial(_mix(values, weights, slot), lse)
+
+
+def _logits(lane: LaneBytes, query: Tensor, slot: Tensor) -> Tensor:
+    """[B, H, M, S]: encoded slots by the codec, the others from the ring."""
+    coded = int(lane.coded.max())
+    behind = [_by_run(lane, lane.lane.codec.logits, query, start, coded) for start in range(0, coded, lane.step)]
+    logits = torch.cat([*behind, query.new_zeros(*query.shape[:3], len(slot) - coded)], -1)
+    if lane.lane.ring:
+        ring = query @ lane.ring.float().mT
+        exact = (slot >= lane.coded[..., None])[:, :, None]
+        logits = torch.where(exact, ring.gather(3, (slot % lane.lane.ring).expand_as(logits)), logits)
+    return logits
+
+
+def _mix(lane: LaneBytes, weights: Tensor, slot: Tensor) -> Tensor:
+    """[B, H, M, D]: the weighted sum of the values."""
+    coded = int(lane.coded.max())
+    behind = weights * (slot < lane.coded[..., None])[:, :, None]
+    out = weights.new_zeros(*weights.shape[:3], lane.channels)
+    for start in range(0, coded, lane.step):
+        out = out + _by_run(lane, lane.lane.codec.mix, behind, start, coded)
+    if lane.lane.ring:
+        # exact slots have an index of their own in the ring: move each weight there
+        index = (slot % lane.lane.ring).expand_as(weights)
+        ring = weights.new_zeros(*weights.shape[:3], lane.ring.shape[2]).scatter_add_(3, index, weights - behind)
+        out = out + ring @ lane.ring.float()
+    return out
+
+
+def _by_run(lane: LaneBytes, product: Callable[[Tensor, Packed], Tensor], x: Tensor, start: int, coded: int) -> Tensor:
+    """One of the codec's products over a stride of slots from `start`, each run of tokens with its own parts."""
+    stop = min(start + lane.step, coded)
+    packed, mix = lane.read(start, stop), product == lane.lane.codec.mix
+    if mix:
+        x = x[..., start:stop]
+    if not lane.by_run or lane.starts.shape[2] == 1:
+        return product(x, packed)
+    slot = torch.arange(start, stop, device=x.device)
+    run_of = (slot[:, None] >= lane.starts[:, :, None]).sum(-1)[:, :, None] - 1  # [B, H, 1, S]
+    total = x.new_zeros(())
+    for run in range(lane.starts.shape[2]):
+        own = packed | {
+            name: packed[name][:, :, run : run + 1] for name, part in lane.parts.items() if part.every is None
+        }
+        mine = run_of == run
+        total = total + (product(x * mine, own) if mix else product(x, own) * mine)
+    return total

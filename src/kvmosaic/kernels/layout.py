@@ -1,0 +1,87 @@
+"""Where each code lies in the bytes: blocks of 128 tokens, packed in planes, in the order in which a kernel reads them.
+
+A byte holds 8/bits codes, one per *plane*: plane p is `(byte >> bits * p) & (2**bits - 1)`. Masking a plane out of a
+vector of packed bytes gives a vector of operands, so a layout only has to say which codes share a vector. Two layouts,
+each one permutation for keys and one for values; everything else in the package sees [tokens, channels].
+
+"dots": the CPU's dot products of four unsigned by four signed bytes (`vpdpbusd`, `udot`).
+    keys    [token group of 16][vector][token 16][channel 4]   plane p of vector v = channels 4 * (v * planes + p) ...
+    values  [vector][channel D][token 4]                       plane p of vector v = tokens 4 * (v * planes + p) ...
+"fragments": the A operands of the GPU's m16n8k32 product; a lane's 16 consecutive bytes are its fragment.
+    keys    rows are tokens, columns channels; plane p = one of the block's token groups of 16
+    values  rows are channels, columns tokens; plane p = channel group of 16 (then token chunks of 32)
+"""
+
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+"""Tokens in a block: 8 planes of 16 tokens, the least that fills whole fragments at 1 bit."""
+
+Layout = Literal["dots", "fragments"]
+Role = Literal["keys", "values"]
+
+
+def layout_of(device: torch.device) -> Layout:
+    """The layout that the kernels of a device read."""
+    return "fragments" if device.type == "cuda" else "dots"
+
+
+def padded(channels: int) -> int:
+    """Channels as stored: the next multiple of 32, so that every plane of a vector is whole at every bit width."""
+    return -(-channels // 32) * 32
+
+
+def bytes_per_block(channels: int, bits: int) -> int:
+    return BLOCK * padded(channels) * bits // 8
+
+
+@lru_cache(maxsize=64)
+def _order(layout: Layout, role: Role, channels: int, bits: int) -> Tensor:
+    """[bytes of a block, planes]: which element (token * channels + channel) each plane of each byte holds."""
+    planes = 8 // bits
+    index = torch.arange(BLOCK * channels).view(BLOCK, channels)
+    if layout == "dots" and role == "keys":
+        tiles = index.view(8, 16, channels // 4 // planes, planes, 4).permute(0, 2, 1, 4, 3)
+    elif layout == "dots":
+        tiles = index.view(BLOCK // 4 // planes, planes, 4, channels).permute(0, 3, 2, 1)
+    else:
+        # one fragment = 16 rows x 32 columns; lane l holds rows l/4 and l/4 + 8, columns 4 * (l % 4) ... and 16 further
+        if role == "keys":
+            fragments = index.view(8, 16, channels // 32, 32).permute(2, 0, 1, 3)  # [column chunk, token group, 16, 32]
+        else:
+            fragments = index.view(4, 32, channels // 16, 16).permute(
+                0, 2, 3, 1
+            )  # [token chunk, channel group, 16, 32]
+        lanes = fragments.reshape(-1, 2, 8, 2, 4, 4).permute(0, 2, 4, 3, 1, 5)  # [fragment, row, quad, half, +8, byte]
+        tiles = lanes.reshape(-1, planes, 512).permute(0, 2, 1)
+    return tiles.reshape(-1, planes).contiguous()
+
+
+def pack(codes: Tensor, bits: int, role: Role, layout: Layout) -> Tensor:
+    """codes [..., tokens, channels] uint8 below 2**bits -> [..., blocks, bytes_per_block] uint8.
+
+    `tokens` must be a multiple of BLOCK (pad with zeros); channels are padded here.
+    """
+    *lead, tokens, channels = codes.shape
+    assert tokens % BLOCK == 0, f"pack takes whole blocks of {BLOCK} tokens, got {tokens}"
+    codes = torch.nn.functional.pad(codes, (0, padded(channels) - channels))
+    order = _order(layout, role, padded(channels), bits).to(codes.device)
+    blocks = codes.reshape(*lead, tokens // BLOCK, BLOCK * padded(channels))
+    packed = blocks[..., order[:, 0]]
+    for plane in range(1, 8 // bits):
+        packed |= blocks[..., order[:, plane]] << (bits * plane)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, role: Role, layout: Layout, channels: int) -> Tensor:
+    """The inverse of `pack`: [..., blocks, bytes_per_block] uint8 -> [..., blocks * BLOCK, channels] uint8."""
+    *lead, blocks, _ = packed.shape
+    order = _order(layout, role, padded(channels), bits).to(packed.device)
+    codes = torch.empty(*lead, blocks, BLOCK * padded(channels), dtype=torch.uint8, device=packed.device)
+    for plane in range(8 // bits):
+        codes[..., order[:, plane]] = (packed >> (bits * plane)) & (2**bits - 1)
+    return codes.view(*lead, blocks * BLOCK, padded(channels))[..., :channels]

@@ -1,0 +1,83 @@
+"""The papers: one file each, with a function of the file's name that returns a Recipe. The folder is the registry.
+
+kvmosaic.methods.kivi(bits=2)                     in Python
+kvmosaic.methods.parse("calibquant bits=1 | kivi bits=2")    as on the command line
+"""
+
+import ast
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from kvmosaic.recipe import Recipe
+
+Method = Callable[..., Recipe]
+
+
+def names() -> list[str]:
+    """All methods, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@functools.cache
+def get(name: str) -> Method:
+    """The method of that name. Raises ValueError with the nearest name if there is none."""
+    if name not in names():
+        near = difflib.get_close_matches(name, names(), 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are: {', '.join(names())}"
+        raise ValueError(f"no method {name!r}. {hint}")
+    function: Method = getattr(importlib.import_module(f"{__name__}.{name}"), name)
+
+    @functools.wraps(function)
+    def named(*args: Any, **options: Any) -> Recipe:
+        given = inspect.signature(function).bind(*args, **options).arguments
+        label = " ".join(
+            [name, *(f"{key}={value.name if isinstance(value, Recipe) else value}" for key, value in given.items())]
+        )
+        return replace(function(*args, **options), name=label)
+
+    return named
+
+
+def __getattr__(name: str) -> Method:
+    if name.startswith("_") or name not in names():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; methods: {', '.join(names())}")
+    return get(name)
+
+
+def parse(text: str) -> Recipe:
+    """'calibquant bits=1 | kivi bits=2 residual=64' -> the joined recipe.
+
+    Raises ValueError for an unknown method or option (with the nearest name) or a malformed one, RecipeConflict for
+    methods that do not mix.
+    """
+    recipe: Recipe | None = None
+    for part in text.split("|"):
+        words = part.split()
+        if not words:
+            raise ValueError(f"a method is missing in {text!r}. Write for example 'calibquant bits=1 | kivi bits=2'")
+        method = get(words[0])
+        options = dict(_option(words[0], method, word) for word in words[1:])
+        recipe = method(**options) if recipe is None else recipe | method(**options)
+    assert recipe is not None, "splitting gives at least one part"
+    return recipe
+
+
+def _option(name: str, method: Method, word: str) -> tuple[str, Any]:
+    key, equals, value = word.partition("=")
+    known = list(inspect.signature(method).parameters)
+    if not equals:
+        raise ValueError(f"an option of {name} is written option=value, got {word!r}. Options: {', '.join(known)}")
+    if key not in known:
+        near = difflib.get_close_matches(key, known, 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(known)}"
+        raise ValueError(f"{name} has no option {key!r}. {hint}")
+    try:
+        return key, ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
+    except (SyntaxError, ValueError):
+        return key, value  # a word or a path

@@ -1,0 +1,52 @@
+"""A recipe: one value per axis of what can be done to a cache. Start reading here.
+
+Tokens flow one way: a step's keys and values enter at the attention hook (`hooks/`), are attended exactly, are given a
+tier, are encoded (`codecs/`) and lie in a store (`stores/`); the next step's query reads every store (`kernels/`) and
+the partial results are merged, exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+from kvmosaic.errors import RecipeConflict
+from kvmosaic.stores import Tier
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What happens to a cache, axis by axis; None leaves an axis as it is. Join recipes with `|`.
+
+    tier: how tokens are kept; None = exactly.
+    visual: how the tokens of pictures and video frames are kept, if otherwise than the rest.
+    visual_by_picture: each unbroken run of visual tokens gets ranges of its own, where `visual` shares them over a run.
+    fingerprint: of the one model that the recipe was calibrated for; None = any model.
+    name: what the user wrote; labels tables, and is no part of the value.
+    """
+
+    tier: Tier | None = None
+    visual: Tier | None = None
+    visual_by_picture: bool | None = None
+    fingerprint: str | None = None
+    name: str = field(default="", compare=False)
+
+    def __or__(self, other: Recipe) -> Recipe:
+        """Both recipes in one, in either order. Raises RecipeConflict if both set an axis to different values."""
+        if not isinstance(other, Recipe):
+            return NotImplemented
+        changes = {}
+        for axis in (each.name for each in fields(self) if each.compare):
+            mine, theirs = getattr(self, axis), getattr(other, axis)
+            if mine is not None and theirs is not None and mine != theirs:
+                raise RecipeConflict(
+                    f"{self.name or 'the left recipe'} and {other.name or 'the right recipe'} both set {axis}. "
+                    f"Keep one, or write Recipe({axis}=...) yourself"
+                )
+            changes[axis] = theirs if mine is None else mine
+        names = [each.name for each in (self, other) if each.name and each != Recipe()]
+        return replace(self, **changes, name=" | ".join(dict.fromkeys(names)) or self.name or other.name)
+
+    @property
+    def is_exact(self) -> bool:
+        """Nothing is compressed: the cache is transformers' own."""
+        return self == Recipe()

@@ -1,0 +1,111 @@
+"""Tokens as codes: the store behind every quantizer, and behind exact tokens too (their codec is `Exact`)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvmosaic.kernels import attention
+from kvmosaic.kernels.attention import Affine, Partial
+from kvmosaic.stores.lane import Lane, LaneBytes
+
+
+class Store(Protocol):
+    """The bytes of one tier in one layer."""
+
+    length: Tensor
+
+    def put(self, keys: Tensor, values: Tensor, keep: Tensor | None) -> None: ...
+
+    def attend(self, query: Tensor, scale: float, softcap: float | None) -> Partial: ...
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]: ...
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None: ...
+
+
+class Tier(Protocol):
+    """Settings of a store; frozen, shared between layers."""
+
+    def open(self, layer: int, keys: Tensor, values: Tensor) -> Store: ...
+
+    def lanes(self, layer: int) -> tuple[Lane, Lane]:
+        """How keys and how values are written, for arithmetic without tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Keys and values as codes. `affine`: CalibQuant's map of the logits over this store before the softmax."""
+
+    keys: Lane
+    values: Lane
+    affine: Affine | None = None
+
+    def open(self, layer: int, keys: Tensor, values: Tensor) -> "CodedStore":
+        return CodedStore(self, keys, values)
+
+    def lanes(self, layer: int) -> tuple[Lane, Lane]:
+        return self.keys, self.values
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """Another tier in each layer, as calibration or a table of sensitivities gave it."""
+
+    tiers: tuple[Coded, ...]
+
+    def open(self, layer: int, keys: Tensor, values: Tensor) -> "CodedStore":
+        return self.tiers[layer].open(layer, keys, values)
+
+    def lanes(self, layer: int) -> tuple[Lane, Lane]:
+        return self.tiers[layer].lanes(layer)
+
+
+class CodedStore:
+    """Slots of keys and of values in two lanes; `length` [B, H] int64 counts them, row by row.
+
+    Rows may differ in length: a token that a row does not keep (padding, another tier's) has no slot in it.
+    """
+
+    def __init__(self, tier: Coded, keys: Tensor, values: Tensor) -> None:
+        self.tier = tier
+        self.keys, self.values = LaneBytes(tier.keys, "keys", keys), LaneBytes(tier.values, "values", values)
+        self.length = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
+
+    def put(self, keys: Tensor, values: Tensor, keep: Tensor | None) -> None:
+        """Append tokens. keys, values [B, H, T, D]; keep [B, H, T] bool, None = all.
+
+        Raises NotFinite before anything is written.
+        """
+        if keep is None:
+            count = torch.full_like(self.length, keys.shape[2])
+        else:
+            count = keep.sum(2)
+            most = int(count.max())
+            if not most:
+                return
+            # kept tokens first, in order: a stable sort of "not kept"
+            order = (~keep).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :most, None]
+            keys = keys.gather(2, order.expand(-1, -1, -1, keys.shape[3]))
+            values = values.gather(2, order.expand(-1, -1, -1, values.shape[3]))
+        self.keys.put(keys, count, self.length)
+        self.values.put(values, count, self.length)
+        self.length = self.length + count
+
+    def attend(self, query: Tensor, scale: float, softcap: float | None) -> Partial:
+        """query [B, H, M, D] (the M rows of a KV head: its query heads times the step's tokens) over every slot."""
+        return attention.attend(self.keys, self.values, self.length, query, scale, softcap, self.tier.affine)
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        for side, lane in (("keys", self.keys), ("values", self.values)):
+            for name, kind, tensor in lane.tensors():
+                yield f"{side}.{name}", kind, tensor
+        yield "length", "metadata", self.length
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.keys.map(change)
+        self.values.map(change)
+        self.length = change(self.length)

@@ -1,0 +1,201 @@
+"""One side of a store, keys or values: packed codes behind, a ring of exact tokens in front.
+
+Tokens have slots 0, 1, 2, ... in the order in which they came. Slots below `coded` are encoded; the newer ones wait in
+the ring, slot s at index s modulo the ring's size. Keys and values share the slots but may differ in `coded`: KIVI
+encodes its keys 128 tokens at a time and its values one by one.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvmosaic.codecs import Codec, Packed
+from kvmosaic.errors import NotFinite
+from kvmosaic.kernels.layout import BLOCK, Role, bytes_per_block, layout_of, pack, unpack
+
+
+@dataclass(frozen=True)
+class Lane:
+    """How one side is written: by which codec, and when.
+
+    window: how many of the newest tokens always stay exact.
+    flush: tokens older than the window are encoded when this many have gathered (all multiples of it at once).
+    Raises ValueError if a flush would cut a group of the codec.
+    """
+
+    codec: Codec
+    window: int = 0
+    flush: int = 1
+
+    def __post_init__(self) -> None:
+        if self.window < 0 or self.flush < 1:
+            raise ValueError(f"window must be at least 0 and flush at least 1, got {self.window} and {self.flush}")
+        every = max((part.every or 1 for part in self.codec.parts(BLOCK * 2).values()), default=1)
+        if self.flush % every:
+            raise ValueError(f"flush must be a multiple of the codec's group of {every} tokens, got {self.flush}")
+
+    @property
+    def ring(self) -> int:
+        """Most tokens that wait exact between two steps."""
+        return self.window + self.flush - 1
+
+
+class LaneBytes:
+    """The tensors of one lane. Rows are [B, H]; buffers grow by whole blocks and are zero where nothing was written.
+
+    buffers: by part: codes below 8 bits and bytes packed as [B, H, blocks, bytes] (`kernels/layout.py`), anything else
+        as [B, H, entries, width].
+    ring: [B, H, at most window + flush - 1, D] in the model's dtype; smaller while no row is that long.
+    coded: [B, H] int64, how many slots are encoded.
+    starts: [B, H, runs] int64, first slot of each run that was encoded together, if the codec has parts once a run.
+    """
+
+    def __init__(self, lane: Lane, role: Role, like: Tensor) -> None:
+        batch, heads, _, self.channels = like.shape
+        self.lane, self.role, self.layout = lane, role, layout_of(like.device)
+        self.parts = lane.codec.parts(self.channels)
+        self.by_run = any(part.every is None for part in self.parts.values())
+        self.buffers: dict[str, Tensor] = {}
+        for name, part in self.parts.items():
+            if part.dtype is torch.uint8:
+                width, dtype = bytes_per_block(part.width, part.bits), torch.uint8
+            else:
+                width, dtype = part.width, part.dtype or like.dtype
+            self.buffers[name] = like.new_zeros(batch, heads, 0, width, dtype=dtype)
+        self.ring = like.new_zeros(batch, heads, 0, self.channels)
+        self.coded = torch.zeros(batch, heads, dtype=torch.int64, device=like.device)
+        self.starts = self.coded.new_zeros(batch, heads, 0)
+
+    def put(self, x: Tensor, count: Tensor, length: Tensor) -> None:
+        """Take the tokens that follow slot `length`: x [B, H, T, D], of which each row has its first `count` [B, H]."""
+        held = length - self.coded
+        ready = (held + count - self.lane.window).clamp_min(0) // self.lane.flush * self.lane.flush
+        most = int(ready.max())
+        if most:
+            self._write(self._oldest(x, held, most), ready)
+        if self.lane.ring:
+            self._reserve_ring(min(self.lane.ring, int((length + count).max())))
+            # only the newest tokens can stay: the last ring's worth of slots
+            slot = length[..., None] + torch.arange(x.shape[2], device=x.device)
+            stay = (slot >= self.coded[..., None]) & (slot < (length + count)[..., None])
+            row, head, token = stay.nonzero(as_tuple=True)
+            self.ring[row, head, slot[row, head, token] % self.lane.ring] = x[row, head, token]
+
+    def read(self, start: int, stop: int) -> Packed:
+        """The parts of slots [start, stop), codes unpacked to [B, H, tokens, width]; `start` on a block's border."""
+        packed = {}
+        for name, part in self.parts.items():
+            if part.dtype is torch.uint8:
+                blocks = self.buffers[name][:, :, start // BLOCK : -(-stop // BLOCK)]
+                packed[name] = unpack(blocks, part.bits, self.role, self.layout, part.width)[:, :, : stop - start]
+            elif part.every is None:
+                packed[name] = self.buffers[name]
+            else:
+                packed[name] = self.buffers[name][:, :, start // part.every : -(-stop // part.every)]
+        return packed
+
+    @property
+    def step(self) -> int:
+        """A stride over slots that cuts neither blocks nor groups, some thousands of tokens."""
+        unit = math.lcm(BLOCK, *(part.every or 1 for part in self.parts.values()))
+        return unit * max(1, 4096 // unit)
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(name, kind, tensor) of everything that is held."""
+        for name, part in self.parts.items():
+            yield name, part.kind, self.buffers[name]
+        yield "ring", "exact", self.ring
+        yield "coded", "metadata", self.coded
+        yield "starts", "metadata", self.starts
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply a change of rows (reordering, repeating) to every tensor."""
+        self.buffers = {name: change(buffer) for name, buffer in self.buffers.items()}
+        self.ring, self.coded, self.starts = change(self.ring), change(self.coded), change(self.starts)
+
+    def _oldest(self, x: Tensor, held: Tensor, most: int) -> Tensor:
+        """[B, H, most, D]: the oldest exact tokens of each row, from the ring first and then from x."""
+        if not self.lane.ring or not int(held.max()):
+            return x[:, :, :most]
+        order = torch.arange(most, device=x.device).expand(*held.shape, most)
+        ring = (self.coded[..., None] + order) % self.lane.ring
+        index = torch.where(order < held[..., None], ring, self.ring.shape[2] + order - held[..., None])
+        both = torch.cat([self.ring, x], 2)
+        index = index.clamp_max(
+            both.shape[2] - 1
+        )  # past a short row's tokens: read anything, `count` says it is not there
+        return both.gather(2, index[..., None].expand(-1, -1, -1, self.channels))
+
+    def _write(self, x: Tensor, count: Tensor) -> None:
+        """Encode x [B, H, T, D] into the slots after `coded`; each row has its first `count` tokens."""
+        tokens = x.shape[2]
+        even = bool((count == tokens).all())
+        order = torch.arange(tokens, device=x.device)
+        valid = None if even else order < count[..., None]
+        packed = self.lane.codec.encode(x, valid)
+        for name, part in self.parts.items():
+            if part.kind == "scales" and not bool(packed[name].isfinite().all()):
+                raise NotFinite(
+                    f"the {self.role} to encode hold NaN, infinity or numbers beyond float16 (65504). Check the model's "
+                    "weights and dtype, or keep this layer exact"
+                )
+        first, last = int(self.coded.min()), int((self.coded + count).max())
+        self._reserve(last)
+        slot = self.coded[..., None] + order  # [B, H, T]
+        for name, part in self.parts.items():
+            if part.every is None:
+                self.buffers[name] = torch.cat([self.buffers[name], packed[name]], 2)
+            elif part.dtype is torch.uint8:
+                self._write_codes(name, packed[name], slot, valid, first, last)
+            else:
+                # entries, not tokens: a group's slot is that of its first token
+                entry = slot[..., :: part.every] // part.every
+                self._scatter(
+                    self.buffers[name], packed[name], entry, None if valid is None else valid[..., :: part.every]
+                )
+        if self.by_run:
+            self.starts = torch.cat([self.starts, self.coded[..., None]], 2)
+        self.coded = self.coded + count
+
+    def _write_codes(self, name: str, codes: Tensor, slot: Tensor, valid: Tensor | None, first: int, last: int) -> None:
+        """Put codes into their blocks; a block that is partly filled already is unpacked and packed again."""
+        part, start = self.parts[name], first // BLOCK
+        span = slice(start, -(-last // BLOCK))
+        blocks = self.buffers[name][:, :, span]
+        old = unpack(blocks, part.bits, self.role, self.layout, part.width)
+        self._scatter(old, codes, slot - start * BLOCK, valid)
+        self.buffers[name][:, :, span] = pack(old, part.bits, self.role, self.layout)
+
+    @staticmethod
+    def _scatter(target: Tensor, source: Tensor, index: Tensor, valid: Tensor | None) -> None:
+        """target[b, h, index[b, h, i]] = source[b, h, i] where valid."""
+        if valid is None:
+            target.scatter_(2, index[..., None].expand_as(source), source)
+        else:
+            row, head, token = valid.nonzero(as_tuple=True)
+            target[row, head, index[row, head, token]] = source[row, head, token]
+
+    def _reserve_ring(self, tokens: int) -> None:
+        """A short prompt does not pay for the whole ring; until it is whole, a slot's index is the slot itself."""
+        if tokens > self.ring.shape[2]:
+            room = min(self.lane.ring, -(-tokens // 32) * 32)
+            self.ring = torch.nn.functional.pad(self.ring, (0, 0, 0, room - self.ring.shape[2]))
+
+    def _reserve(self, tokens: int) -> None:
+        """Room for `tokens` slots in whole blocks, and a sixteenth more than before, so that growing stays rare."""
+        for name, part in self.parts.items():
+            if part.every is None:
+                continue
+            packed = part.dtype is torch.uint8
+            per_entry, unit = (BLOCK, BLOCK) if packed else (part.every, 32)  # unpacked parts waste less
+            buffer = self.buffers[name]
+            old = buffer.shape[2] * per_entry
+            if tokens <= old:
+                continue
+            room = -(-max(tokens, old + old // 16) // unit) * unit
+            grown = buffer.new_zeros(*buffer.shape[:2], -(-room // per_entry), buffer.shape[3])
+            grown[:, :, : buffer.shape[2]] = buffer
+            self.buffers[name] = grown
