@@ -2,6 +2,8 @@
 
 from kvmosaic.codecs.base import Codec, Packed, Part
 from kvmosaic.codecs.exact import Exact
+from kvmosaic.codecs.nonuniform import Sphere, sphere_levels
+from kvmosaic.codecs.rotated import Rotated
 from kvmosaic.codecs.uniform import Uniform
 
-__all__ = ["Codec", "Exact", "Packed", "Part", "Uniform"]
+__all__ = ["Codec", "Exact", "Packed", "Part", "Rotated", "Sphere", "Uniform", "sphere_levels"]
