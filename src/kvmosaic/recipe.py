@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 
 from kvmosaic.errors import RecipeConflict
+from kvmosaic.selection import Selection
 from kvmosaic.stores import Tier
 
 
@@ -17,6 +18,7 @@ from kvmosaic.stores import Tier
 class Recipe:
     """What happens to a cache, axis by axis; None leaves an axis as it is. Join recipes with `|`.
 
+    selection: which tokens of a prompt are kept; None = all.
     tier: how tokens are kept; None = exactly.
     visual: how the tokens of pictures and video frames are kept, if otherwise than the rest.
     visual_by_picture: each unbroken run of visual tokens gets ranges of its own, where `visual` shares them over a run.
@@ -24,6 +26,7 @@ class Recipe:
     name: what the user wrote; labels tables, and is no part of the value.
     """
 
+    selection: Selection | None = None
     tier: Tier | None = None
     visual: Tier | None = None
     visual_by_picture: bool | None = None

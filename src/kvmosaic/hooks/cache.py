@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,49 +18,54 @@ from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_
 from kvmosaic.kernels.attention import dense
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
+from kvmosaic.selection import DROP, Step
 from kvmosaic.stores import Coded, Lane, Store, Tier
 
 Change = Callable[[Tensor], Tensor]
 EXACT = Coded(Lane(Exact()), Lane(Exact()))
+"""The tier of tokens that a recipe leaves as they are."""
 ROLLBACK = 128
 """While past is recorded (assisted decoding), this many of the newest tokens at least can be taken back."""
 
 
+@dataclass(frozen=True)
 class Pending:
-    """Tokens that have been attended but not stored yet: keys, values [B, H, T, D]; visual, valid [B, T] or None."""
+    """Tokens that have been attended but not stored yet, with the columns that travel with them.
 
-    __slots__ = ("keys", "valid", "values", "visual")
+    keys, values: [B, H, T, D]. visual, valid: [B, T] bool, False for padding in `valid`. keep: [B, H, T] bool, what the
+    recipe's selection said. None = no token is visual, all are valid, all stay.
+    """
 
-    def __init__(self, keys: Tensor, values: Tensor, visual: Tensor | None, valid: Tensor | None) -> None:
-        self.keys, self.values, self.visual, self.valid = keys, values, visual, valid
+    keys: Tensor
+    values: Tensor
+    visual: Tensor | None = None
+    valid: Tensor | None = None
+    keep: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[2]
 
     def __getitem__(self, tokens: slice) -> "Pending":
-        flags = (None if each is None else each[:, tokens] for each in (self.visual, self.valid))
+        flags = (None if each is None else each[..., tokens] for each in (self.visual, self.valid, self.keep))
         return Pending(self.keys[:, :, tokens], self.values[:, :, tokens], *flags)
 
     def __add__(self, other: "Pending") -> "Pending":
-        def join(mine: Tensor | None, theirs: Tensor | None, default: bool) -> Tensor | None:
-            if mine is None and theirs is None:
+        def join(name: str, missing: bool) -> Tensor | None:
+            flags = getattr(self, name), getattr(other, name)
+            if flags == (None, None):
                 return None
-            shapes = ((each.keys.shape[0], len(each)) for each in (self, other))
-            both = (
-                torch.full(shape, default, device=self.keys.device) if each is None else each
-                for each, shape in zip((mine, theirs), shapes, strict=True)
+            lead = next(each for each in flags if each is not None).shape[:-1]
+            whole = (
+                each if each is not None else torch.full((*lead, len(part)), missing, device=self.keys.device)
+                for each, part in zip(flags, (self, other), strict=True)
             )
-            return torch.cat(list(both), 1)
+            return torch.cat(list(whole), -1)
 
-        return Pending(
-            torch.cat([self.keys, other.keys], 2),
-            torch.cat([self.values, other.values], 2),
-            join(self.visual, other.visual, False),
-            join(self.valid, other.valid, True),
-        )
+        keys, values = torch.cat([self.keys, other.keys], 2), torch.cat([self.values, other.values], 2)
+        return Pending(keys, values, join("visual", False), join("valid", True), join("keep", True))
 
     def map(self, change: Change) -> "Pending":
-        flags = (None if each is None else change(each) for each in (self.visual, self.valid))
+        flags = (None if each is None else change(each) for each in (self.visual, self.valid, self.keep))
         return Pending(change(self.keys), change(self.values), *flags)
 
 
@@ -69,9 +75,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, index: int, recipe: Recipe) -> None:
+    def __init__(self, index: int, layers: int, recipe: Recipe) -> None:
         super().__init__()
-        self.index, self.recipe = index, recipe
+        self.index, self.layers, self.recipe = index, layers, recipe
         self.seen = 0
         self.stores: dict[str, Store] = {}
         self.pending: Pending | None = None
@@ -156,6 +162,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> Tensor:
         """query [B, Hq, T, D] over everything stored and the step's own tokens; then the step's tokens are stored."""
         new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query))
+        new = replace(new, keep=self._select(new, query, scale))
         if self.seen == 0:
             out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
         else:
@@ -187,29 +194,43 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.pending = waiting
 
     def _store(self, tokens: Pending) -> None:
-        """Give each token its tier: visual tokens theirs, padding none, the rest the recipe's."""
+        """Give each token its tier: visual tokens theirs, padding and what the selection drops none, the rest theirs."""
         if not len(tokens):
             return
-        visual = tokens.visual
-        if visual is None or self.recipe.visual is None:
-            self._put("tokens", self.recipe.tier or EXACT, tokens, tokens.valid)
-            return
-        keep = visual if tokens.valid is None else visual & tokens.valid
-        rest = ~visual if tokens.valid is None else ~visual & tokens.valid
-        for picture in _pictures(keep) if self.recipe.visual_by_picture else (keep,):
-            self._put("visual", self.recipe.visual, tokens, picture)
-        self._put("tokens", self.recipe.tier or EXACT, tokens, rest)
+        keep = tokens.keep
+        if tokens.valid is not None:
+            valid = self._by_head(tokens.valid)
+            keep = valid if keep is None else keep & valid
+        if tokens.visual is not None and self.recipe.visual is not None:
+            for picture in _pictures(tokens.visual) if self.recipe.visual_by_picture else (tokens.visual,):
+                shown = self._by_head(picture)
+                self._put("visual", self.recipe.visual, tokens, shown if keep is None else shown & keep)
+            rest = self._by_head(~tokens.visual)
+            keep = rest if keep is None else rest & keep
+        self._put("tokens", self.recipe.tier or EXACT, tokens, keep)
 
     def _put(self, name: str, tier: Tier, tokens: Pending, keep: Tensor | None) -> None:
         if name not in self.stores:
             if keep is not None and not bool(keep.any()):
                 return
             self.stores[name] = tier.open(self.index, tokens.keys, tokens.values)
-        heads = None if keep is None else keep[:, None].expand(-1, self.num_heads, -1)
         try:
-            self.stores[name].put(tokens.keys, tokens.values, heads)
+            self.stores[name].put(tokens.keys, tokens.values, keep)
         except NotFinite as error:
             raise NotFinite(f"layer {self.index}: {error}") from None
+
+    def _select(self, new: Pending, query: Tensor, scale: float) -> Tensor | None:
+        """[B, H, T], which tokens of a prompt stay; None = all. Tokens that come one at a time do."""
+        if self.recipe.selection is None or len(new) == 1:
+            return None
+        valid = new.valid
+        if valid is None:
+            valid = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
+        step = Step(self.index, self.layers, query, new.keys, new.values, scale, valid)
+        return self.recipe.selection.assign(step) != DROP
+
+    def _by_head(self, flag: Tensor) -> Tensor:
+        return flag[:, None].expand(-1, self.num_heads, -1)
 
     def _valid(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """[B, T], False for padding: a token that may not attend to itself. None = all are tokens."""
@@ -251,7 +272,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             for part, kind, tensor in store.tensors():
                 yield f"{name}.{part}", kind, tensor
         if self.pending is not None:
-            for name in ("keys", "values", "visual", "valid"):
+            for name in ("keys", "values", "visual", "valid", "keep"):
                 tensor = getattr(self.pending, name)
                 if tensor is not None:
                     yield f"pending.{name}", "exact" if name in ("keys", "values") else "metadata", tensor
@@ -288,9 +309,10 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 )
             prepare(model)
         layers = []
-        for index, (kind, arguments) in enumerate(models.layer_types(model.config)):
+        types = models.layer_types(model.config)
+        for index, (kind, arguments) in enumerate(types):
             if kind == "full_attention" and not recipe.is_exact:
-                layers.append(CacheLayer(index, recipe))
+                layers.append(CacheLayer(index, len(types), recipe))
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
         super().__init__(layers=layers)

@@ -45,9 +45,7 @@ def get(name: str) -> Method:
 
 
 def __getattr__(name: str) -> Method:
-    if name.startswith("_") or name not in names():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; methods: {', '.join(names())}")
-    return get(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; methods: {', '.join(names())}")
 
 
 def parse(text: str) -> Recipe:
@@ -81,3 +79,7 @@ def _option(name: str, method: Method, word: str) -> tuple[str, Any]:
         return key, ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
     except (SyntaxError, ValueError):
         return key, value  # a word or a path
+
+
+for _name in names():
+    globals()[_name] = get(_name)  # the function, where importing its file has left the module of that name

@@ -1,0 +1,20 @@
+"""H2O at the prompt only: keep the tokens that have received most attention, and the newest ones.
+
+Zhang et al., NeurIPS 2023, arXiv:2306.14048. This is the variant of most published tables (Zefan-Cai/KVCache-Factory):
+one selection after the prompt. The authors' own code also evicts a token at every generated one.
+Departures: scores are summed in float32; under GQA one decision serves the query heads that share a key head.
+"""
+
+from kvmosaic.recipe import Recipe
+from kvmosaic.selection import AttentionSums, Budget, TopTokens
+
+
+def h2o_prefill(
+    keep: float | None = None, *, tokens: int | None = None, recent: int = 32, normalize: bool = False
+) -> Recipe:
+    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. One of the two.
+
+    recent: how many of the newest always stay, within that. normalize: divide a token's attention by the number of
+    queries that could see it (early tokens lose their advantage).
+    """
+    return Recipe(selection=TopTokens(scorer=AttentionSums(normalize), budget=Budget(keep, tokens), recent=recent))

@@ -1,0 +1,93 @@
+"""Keep the tokens that score highest, head by head."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvmosaic.selection.base import DROP, Budget, Selection, Step
+from kvmosaic.selection.scores import Scorer
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Layer budgets that fall in even steps, from the lowest layer's to budget/beta (PyramidKV, arXiv:2406.02069).
+
+    Their sum is that of equal budgets, up to rounding; the published rule overshoots by up to 5 % on small ones.
+    """
+
+    beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.beta < 1:
+            raise ValueError(f"beta is the mean budget over the top layer's, at least 1, got {self.beta}")
+
+    def scale(self, layer: int, layers: int) -> float:
+        """What this layer's budget is multiplied by; 1 on average."""
+        if layers == 1:
+            return 1.0
+        least = 1 / self.beta
+        return (2 - least) - (2 - 2 * least) * layer / (layers - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopTokens(Selection):
+    """The first `sinks` tokens, the newest `recent` ones, and the best by `scorer` up to the budget; the rest is dropped.
+
+    pyramid: budgets by layer. Where a layer's budget exceeds the prompt, the excess is not given to other layers.
+    head_floor: None = every head keeps as many; a share = heads get that share of the mean alike, and compete for the
+        rest by score (AdaKV, arXiv:2407.11550; its alpha).
+    What must stay (`sinks`, `recent`) stays even if the budget is smaller.
+    """
+
+    scorer: Scorer
+    budget: Budget
+    sinks: int = 0
+    recent: int = 0
+    pyramid: Pyramid | None = None
+    head_floor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or self.recent < 0:
+            raise ValueError(f"sinks and recent are counts of tokens, got {self.sinks} and {self.recent}")
+        if self.head_floor is not None and not 0 <= self.head_floor <= 1:
+            raise ValueError(f"head_floor is a share of the mean budget, between 0 and 1, got {self.head_floor}")
+        if self.budget.tokens is not None and self.budget.tokens < self.sinks + self.recent:
+            raise ValueError(
+                f"a budget of {self.budget.tokens} tokens cannot hold the {self.sinks} sinks and {self.recent} recent tokens "
+                "that always stay. Raise tokens= or protect fewer"
+            )
+
+    def assign(self, step: Step) -> Tensor:
+        heads, tokens = step.keys.shape[1:3]
+        present = step.valid.sum(1)  # [B]
+        rank = step.valid.cumsum(1) - 1  # place among the row's tokens
+        protected = (rank < self.sinks) | (rank >= present[:, None] - self.recent)
+        score = self.scorer.score(step).masked_fill(protected[:, None], torch.inf)
+        score = score.masked_fill(~step.valid[:, None], -torch.inf)
+        count = self.budget.count(present)
+        if self.pyramid is not None:
+            count = (count * self.pyramid.scale(step.layer, step.layers)).round().to(torch.int64)
+        must = (protected & step.valid).sum(1)
+        count = torch.minimum(torch.maximum(count, must), present)  # [B]
+        keep = count[:, None].expand(-1, heads)
+        if self.head_floor is not None:
+            keep = self._by_head(score, count, must)
+        # sort is stable: of equal scores the older token stays
+        order = score.sort(dim=-1, descending=True, stable=True).indices
+        place = torch.empty_like(order).scatter_(2, order, torch.arange(tokens, device=order.device).expand_as(order))
+        return torch.where(place < keep[..., None], 0, DROP).to(torch.int8)
+
+    def _by_head(self, score: Tensor, count: Tensor, must: Tensor) -> Tensor:
+        """[B, H]: how many each head keeps, H * count in all: its floor, and what it wins against the others."""
+        assert self.head_floor is not None, "only asked for with a floor"
+        batch, heads, tokens = score.shape
+        floor = torch.maximum((count * self.head_floor).to(torch.int64), must)
+        ranked = score.sort(dim=-1, descending=True, stable=True).values
+        contest = ranked.masked_fill(torch.arange(tokens, device=score.device) < floor[:, None, None], -torch.inf)
+        order = contest.flatten(1).sort(dim=-1, descending=True, stable=True).indices
+        place = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
+        won = place.view(batch, heads, tokens) < ((count - floor) * heads)[:, None, None]
+        return floor[:, None] + (won & contest.isfinite()).sum(-1)
