@@ -121,5 +121,6 @@ class _Begin:
                     "a recipe with visual tokens needs input_ids: from inputs_embeds alone nobody can tell which tokens are "
                     "visual"
                 )
-            visual = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+            shown = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
+            visual = shown if bool(shown.any()) else None
         cache.begin(self.fingerprint, visual, tokens=entering.shape[1])

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +13,22 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from kvmosaic.codecs import Exact
-from kvmosaic.errors import BadCalibration, CacheInUse, CacheMismatch, CannotRollBack, NotFinite, UnsupportedModel
+from kvmosaic.errors import (
+    BadCalibration,
+    CacheInUse,
+    CacheMismatch,
+    CannotRollBack,
+    NotFinite,
+    RecipeConflict,
+    UnsupportedModel,
+)
 from kvmosaic.hooks import models
 from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_sinks
-from kvmosaic.kernels.attention import dense
+from kvmosaic.kernels.attention import dense, dense_mass
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
 from kvmosaic.selection import DROP, Step
-from kvmosaic.stores import Coded, Lane, Store, Tier
+from kvmosaic.stores import Coded, CodedStore, EvictingStore, Lane, Store, Tier
 
 Change = Callable[[Tensor], Tensor]
 EXACT = Coded(Lane(Exact()), Lane(Exact()))
@@ -33,7 +42,8 @@ class Pending:
     """Tokens that have been attended but not stored yet, with the columns that travel with them.
 
     keys, values: [B, H, T, D]. visual, valid: [B, T] bool, False for padding in `valid`. keep: [B, H, T] bool, what the
-    recipe's selection said. None = no token is visual, all are valid, all stay.
+    recipe's selection said. None = no token is visual, all are valid, all stay. score: [B, H, T] float32, if the selection
+    goes on while decoding.
     """
 
     keys: Tensor
@@ -41,13 +51,14 @@ class Pending:
     visual: Tensor | None = None
     valid: Tensor | None = None
     keep: Tensor | None = None
+    score: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[2]
 
     def __getitem__(self, tokens: slice) -> "Pending":
-        flags = (None if each is None else each[..., tokens] for each in (self.visual, self.valid, self.keep))
-        return Pending(self.keys[:, :, tokens], self.values[:, :, tokens], *flags)
+        columns = (None if each is None else each[..., tokens] for each in self._columns())
+        return Pending(self.keys[:, :, tokens], self.values[:, :, tokens], *columns)
 
     def __add__(self, other: "Pending") -> "Pending":
         def join(name: str, missing: bool) -> Tensor | None:
@@ -62,11 +73,16 @@ class Pending:
             return torch.cat(list(whole), -1)
 
         keys, values = torch.cat([self.keys, other.keys], 2), torch.cat([self.values, other.values], 2)
-        return Pending(keys, values, join("visual", False), join("valid", True), join("keep", True))
+        return Pending(
+            keys, values, join("visual", False), join("valid", True), join("keep", True), join("score", False)
+        )
 
     def map(self, change: Change) -> "Pending":
-        flags = (None if each is None else change(each) for each in (self.visual, self.valid, self.keep))
-        return Pending(change(self.keys), change(self.values), *flags)
+        columns = (None if each is None else change(each) for each in self._columns())
+        return Pending(change(self.keys), change(self.values), *columns)
+
+    def _columns(self) -> tuple[Tensor | None, ...]:
+        return self.visual, self.valid, self.keep, self.score
 
 
 class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -82,6 +98,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.stores: dict[str, Store] = {}
         self.pending: Pending | None = None
         self.record_past = False
+        self.capacity: Tensor | None = None  # [B], tokens that a row may keep, if the selection goes on while decoding
         self.visual: Tensor | None = None  # of the step that is under way, [B, T]
 
     # what transformers asks of a layer
@@ -162,22 +179,53 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> Tensor:
         """query [B, Hq, T, D] over everything stored and the step's own tokens; then the step's tokens are stored."""
         new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query))
-        new = replace(new, keep=self._select(new, query, scale))
         if self.seen == 0:
             out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
+            new = self._select(new, query, scale)
         else:
-            mask = None if mask is None else mask[..., -query.shape[2] :]
-            step = new
-            if self.pending is not None:
-                step = self.pending + new
-                mask = self._beside_pending(mask, query)
-            rows = by_kv_head(query, self.num_heads)
-            flat = rows.flatten(2, 3).float()
-            partials = [store.attend(flat, scale, softcap) for store in self.stores.values()]
-            partials.append(dense(rows, step.keys, step.values, scale, mask, softcap))
-            out = to_output(with_sinks(partials, sinks), query)
+            out, new = self._over_all(new, query, mask, scale, softcap, sinks)
         self._settle(new)
         return out
+
+    def _over_all(
+        self,
+        new: Pending,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> tuple[Tensor, Pending]:
+        """The attention of a step that has a past; and the new tokens with what the selection says of them."""
+        mask = None if mask is None else mask[..., -query.shape[2] :]
+        step, valid = new, new.valid
+        if self.pending is not None:
+            step = self.pending + new
+            mask = self._beside_pending(mask, query)
+        rows = by_kv_head(query, self.num_heads)
+        flat = rows.flatten(2, 3).float()
+        partials = [store.attend(flat, scale, softcap) for store in self.stores.values()]
+        partials.append(dense(rows, step.keys, step.values, scale, mask, softcap))
+        merged = with_sinks(partials, sinks)
+        if not self._evicts:
+            return to_output(merged, query), self._select(new, query, scale)
+        # scores: what these queries pay to each token, stored, waiting or new
+        weight = torch.ones(query.shape[0], query.shape[2], device=query.device) if valid is None else valid.float()
+        weight = (weight / rows.shape[2])[:, None, None].expand(-1, 1, rows.shape[2], -1).flatten(2)
+        for store in self.stores.values():
+            assert isinstance(store, EvictingStore), "a layer that evicts has one kind of store"
+            store.observe(flat, scale, softcap, merged.lse, weight)
+        score = dense_mass(rows, step.keys, scale, mask, softcap, merged.lse, weight)
+        if self.pending is not None:
+            waiting = len(self.pending)
+            assert self.pending.score is not None, "every token of a layer that evicts has a score"
+            self.pending = replace(self.pending, score=self.pending.score + score[..., :waiting])
+            score = score[..., waiting:]
+        return to_output(merged, query), replace(new, score=score)
+
+    @property
+    def _evicts(self) -> bool:
+        return self.recipe.selection is not None and self.recipe.selection.while_decoding
 
     def _settle(self, new: Pending) -> None:
         self.seen += len(new)
@@ -201,6 +249,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if tokens.valid is not None:
             valid = self._by_head(tokens.valid)
             keep = valid if keep is None else keep & valid
+        if self._evicts:
+            self._put_and_evict(tokens, keep)
+            return
         if tokens.visual is not None and self.recipe.visual is not None:
             for picture in _pictures(tokens.visual) if self.recipe.visual_by_picture else (tokens.visual,):
                 shown = self._by_head(picture)
@@ -210,24 +261,51 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self._put("tokens", self.recipe.tier or EXACT, tokens, keep)
 
     def _put(self, name: str, tier: Tier, tokens: Pending, keep: Tensor | None) -> None:
-        if name not in self.stores:
+        store = self.stores.get(name)
+        if store is None:
             if keep is not None and not bool(keep.any()):
                 return
-            self.stores[name] = tier.open(self.index, tokens.keys, tokens.values)
+            store = self.stores[name] = tier.open(self.index, tokens.keys, tokens.values)
+        assert isinstance(store, CodedStore), "a layer that does not evict has coded stores"
+        with self._naming_the_layer():
+            store.put(tokens.keys, tokens.values, keep)
+
+    def _put_and_evict(self, tokens: Pending, keep: Tensor | None) -> None:
+        selection, store = self.recipe.selection, self.stores.get("tokens")
+        assert selection is not None and tokens.score is not None, "a layer that evicts has a selection and scores"
+        if store is None:
+            tier = self.recipe.tier or EXACT
+            store = EvictingStore(tier.open(self.index, tokens.keys, tokens.values))
+            self.stores["tokens"], store.capacity = store, self.capacity
+        assert isinstance(store, EvictingStore), "a layer that evicts has one kind of store"
+        if keep is None:
+            keep = torch.ones_like(tokens.score, dtype=torch.bool)
+        valid = torch.ones_like(keep[:, 0]) if tokens.valid is None else tokens.valid
+        with self._naming_the_layer():
+            store.put(tokens.keys, tokens.values, valid, keep, tokens.score)
+        store.evict(selection.rank)
+
+    @contextmanager
+    def _naming_the_layer(self) -> Iterator[None]:
         try:
-            self.stores[name].put(tokens.keys, tokens.values, keep)
+            yield
         except NotFinite as error:
             raise NotFinite(f"layer {self.index}: {error}") from None
 
-    def _select(self, new: Pending, query: Tensor, scale: float) -> Tensor | None:
-        """[B, H, T], which tokens of a prompt stay; None = all. Tokens that come one at a time do."""
-        if self.recipe.selection is None or len(new) == 1:
-            return None
+    def _select(self, new: Pending, query: Tensor, scale: float) -> Pending:
+        """The new tokens with what the selection says of them. Tokens that come one at a time stay."""
+        selection = self.recipe.selection
+        if selection is None or (len(new) == 1 and not self._evicts):
+            return new
         valid = new.valid
         if valid is None:
             valid = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
         step = Step(self.index, self.layers, query, new.keys, new.values, scale, valid)
-        return self.recipe.selection.assign(step) != DROP
+        keep = selection.assign(step) != DROP
+        if not self._evicts:
+            return replace(new, keep=keep)
+        self.capacity = selection.capacity(step)
+        return replace(new, keep=keep, score=selection.score(step))
 
     def _by_head(self, flag: Tensor) -> Tensor:
         return flag[:, None].expand(-1, self.num_heads, -1)
@@ -272,7 +350,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             for part, kind, tensor in store.tensors():
                 yield f"{name}.{part}", kind, tensor
         if self.pending is not None:
-            for name in ("keys", "values", "visual", "valid", "keep"):
+            for name in ("keys", "values", "visual", "valid", "keep", "score"):
                 tensor = getattr(self.pending, name)
                 if tensor is not None:
                     yield f"pending.{name}", "exact" if name in ("keys", "values") else "metadata", tensor
@@ -308,8 +386,10 @@ class Cache(TransformersCache):  # type: ignore[misc]
                     "pictures. For text use another method, e.g. kivi"
                 )
             prepare(model)
-        layers = []
         types = models.layer_types(model.config)
+        if recipe.selection is not None and recipe.selection.while_decoding:
+            _check_eviction(recipe, len(types))
+        layers = []
         for index, (kind, arguments) in enumerate(types):
             if kind == "full_attention" and not recipe.is_exact:
                 layers.append(CacheLayer(index, len(types), recipe))
@@ -370,6 +450,18 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def report(self) -> Report:
         return Report.of(self)
+
+
+def _check_eviction(recipe: Recipe, layers: int) -> None:
+    name = recipe.name or "the recipe"
+    if recipe.visual is not None:
+        raise RecipeConflict(f"{name}: tokens are evicted while decoding, from one tier. Leave `visual` unset")
+    lanes = [lane for layer in range(layers) for lane in (recipe.tier or EXACT).lanes(layer)]
+    if not all(lane.one_by_one for lane in lanes):
+        raise RecipeConflict(
+            f"{name}: tokens are evicted one by one while decoding, and this tier shares ranges between tokens or holds some "
+            "back. Evict at the prompt only (h2o_prefill, snapkv), or keep tokens with ranges of their own (turboquant)"
+        )
 
 
 def _pictures(visual: Tensor) -> Iterator[Tensor]:

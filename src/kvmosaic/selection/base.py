@@ -25,12 +25,27 @@ class Step(NamedTuple):
 class Selection(Protocol):
     """Settings only. Pure: the same step gives the same tiers; ties go to the older token.
 
-    Asked about every forward pass of several tokens (a prompt, a chunk of it, a later turn), each by itself; tokens
-    that are generated one at a time stay, in the first tier.
+    while_decoding: False = asked about every forward pass of several tokens (a prompt, a chunk of it, a later turn), each
+        by itself; tokens that are generated one at a time stay. True = the first prompt sets how many tokens a row
+        may keep, and from then on tokens leave as new ones come.
     """
 
+    while_decoding: bool
+
     def assign(self, step: Step) -> Tensor:
-        """[B, H, T] int8: the index of each token's tier, or DROP. What it says of padding is not read."""
+        """[B, H, T] int8: 0 for a token that stays, or DROP. What it says of padding is not read."""
+        ...
+
+    def capacity(self, step: Step) -> Tensor:
+        """[B] int64, the tokens that each row may keep after this first prompt; only with while_decoding."""
+        ...
+
+    def score(self, step: Step) -> Tensor:
+        """[B, H, T] float32, which the first prompt's tokens take with them; only with while_decoding."""
+        ...
+
+    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
+        """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first."""
         ...
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvmosaic.selection.base import DROP, Budget, Selection, Step
-from kvmosaic.selection.scores import Scorer
+from kvmosaic.selection.scores import Recency, Scorer
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class TopTokens(Selection):
     head_floor: None = every head keeps as many; a share = heads get that share of the mean alike, and compete for the
         rest by score (AdaKV, arXiv:2407.11550; its alpha).
     What must stay (`sinks`, `recent`) stays even if the budget is smaller.
+    while_decoding: after the first prompt, the lowest score leaves as a new token comes. Scores add up attention, or with
+        `Recency` are places. Not with head_floor.
     """
 
     scorer: Scorer
@@ -46,8 +48,11 @@ class TopTokens(Selection):
     recent: int = 0
     pyramid: Pyramid | None = None
     head_floor: float | None = None
+    while_decoding: bool = False
 
     def __post_init__(self) -> None:
+        if self.while_decoding and self.head_floor is not None:
+            raise ValueError("heads cannot compete for tokens (head_floor) while decoding: give one of the two")
         if self.sinks < 0 or self.recent < 0:
             raise ValueError(f"sinks and recent are counts of tokens, got {self.sinks} and {self.recent}")
         if self.head_floor is not None and not 0 <= self.head_floor <= 1:
@@ -63,13 +68,10 @@ class TopTokens(Selection):
         present = step.valid.sum(1)  # [B]
         rank = step.valid.cumsum(1) - 1  # place among the row's tokens
         protected = (rank < self.sinks) | (rank >= present[:, None] - self.recent)
-        score = self.scorer.score(step).masked_fill(protected[:, None], torch.inf)
+        score = self.score(step).masked_fill(protected[:, None], torch.inf)
         score = score.masked_fill(~step.valid[:, None], -torch.inf)
-        count = self.budget.count(present)
-        if self.pyramid is not None:
-            count = (count * self.pyramid.scale(step.layer, step.layers)).round().to(torch.int64)
         must = (protected & step.valid).sum(1)
-        count = torch.minimum(torch.maximum(count, must), present)  # [B]
+        count = torch.minimum(torch.maximum(self._scaled(step, self.budget.count(present)), must), present)  # [B]
         keep = count[:, None].expand(-1, heads)
         if self.head_floor is not None:
             keep = self._by_head(score, count, must)
@@ -77,6 +79,27 @@ class TopTokens(Selection):
         order = score.sort(dim=-1, descending=True, stable=True).indices
         place = torch.empty_like(order).scatter_(2, order, torch.arange(tokens, device=order.device).expand_as(order))
         return torch.where(place < keep[..., None], 0, DROP).to(torch.int8)
+
+    def score(self, step: Step) -> Tensor:
+        return self.scorer.score(step)
+
+    def capacity(self, step: Step) -> Tensor:
+        present = step.valid.sum(1)
+        count = (
+            present.new_full(present.shape, self.budget.tokens) if self.budget.tokens else self.budget.count(present)
+        )
+        return torch.maximum(self._scaled(step, count), torch.full_like(count, self.sinks + self.recent))
+
+    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
+        newest = position.masked_fill(~present, -1).amax(2, keepdim=True)
+        protected = (position < self.sinks) | (position > newest - self.recent)
+        by = position.float() if isinstance(self.scorer, Recency) else score
+        return by.masked_fill(protected, torch.inf)
+
+    def _scaled(self, step: Step, count: Tensor) -> Tensor:
+        if self.pyramid is None:
+            return count
+        return (count * self.pyramid.scale(step.layer, step.layers)).round().to(torch.int64)
 
     def _by_head(self, score: Tensor, count: Tensor, must: Tensor) -> Tensor:
         """[B, H]: how many each head keeps, H * count in all: its floor, and what it wins against the others."""

@@ -13,11 +13,12 @@ from kvmosaic.stores.lane import Lane, LaneBytes
 
 
 class Store(Protocol):
-    """The bytes of one tier in one layer."""
+    """The bytes of one tier in one layer, as a query reads them. How tokens come in is each store's own."""
 
-    length: Tensor
-
-    def put(self, keys: Tensor, values: Tensor, keep: Tensor | None) -> None: ...
+    @property
+    def length(self) -> Tensor:
+        """[B, H] int64, tokens held."""
+        ...
 
     def attend(self, query: Tensor, scale: float, softcap: float | None) -> Partial: ...
 
@@ -29,7 +30,7 @@ class Store(Protocol):
 class Tier(Protocol):
     """Settings of a store; frozen, shared between layers."""
 
-    def open(self, layer: int, keys: Tensor, values: Tensor) -> Store: ...
+    def open(self, layer: int, keys: Tensor, values: Tensor) -> "CodedStore": ...
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
         """How keys and how values are written, for arithmetic without tensors."""
@@ -91,9 +92,16 @@ class CodedStore:
             order = (~keep).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :most, None]
             keys = keys.gather(2, order.expand(-1, -1, -1, keys.shape[3]))
             values = values.gather(2, order.expand(-1, -1, -1, values.shape[3]))
+        self.keys.check(keys)
+        self.values.check(values)
         self.keys.put(keys, count, self.length)
         self.values.put(values, count, self.length)
         self.length = self.length + count
+
+    def shorten(self, length: Tensor) -> None:
+        """Forget the slots from `length` [B, H] on; only where both lanes encode every token at once."""
+        self.length = length
+        self.keys.coded = self.values.coded = length
 
     def attend(self, query: Tensor, scale: float, softcap: float | None) -> Partial:
         """query [B, H, M, D] (the M rows of a KV head: its query heads times the step's tokens) over every slot."""

@@ -16,6 +16,9 @@ from kvmosaic.codecs import Codec, Packed
 from kvmosaic.errors import NotFinite
 from kvmosaic.kernels.layout import BLOCK, Role, bytes_per_block, layout_of, pack, unpack
 
+LARGEST = torch.finfo(torch.float16).max / 2
+"""Of a number to encode: twice it, the widest range of a group, must fit float16."""
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -41,6 +44,11 @@ class Lane:
     def ring(self) -> int:
         """Most tokens that wait exact between two steps."""
         return self.window + self.flush - 1
+
+    @property
+    def one_by_one(self) -> bool:
+        """Each token is written by itself and at once, so any token can give up its slot to another."""
+        return not self.ring and all(part.every == 1 for part in self.codec.parts(BLOCK * 2).values())
 
 
 class LaneBytes:
@@ -69,6 +77,15 @@ class LaneBytes:
         self.coded = torch.zeros(batch, heads, dtype=torch.int64, device=like.device)
         self.starts = self.coded.new_zeros(batch, heads, 0)
 
+    def check(self, x: Tensor) -> None:
+        """Raises NotFinite if no float16 range can be fitted to x; asked before either lane is written."""
+        fitted = any(part.kind == "scales" for part in self.parts.values())
+        if fitted and x.numel() and not bool(x.abs().amax() <= LARGEST):  # false for NaN, too
+            raise NotFinite(
+                f"the {self.role} to encode hold NaN, infinity or numbers beyond {LARGEST:.0f} (half of float16). Check the model's "
+                "weights and dtype, or keep this layer exact"
+            )
+
     def put(self, x: Tensor, count: Tensor, length: Tensor) -> None:
         """Take the tokens that follow slot `length`: x [B, H, T, D], of which each row has its first `count` [B, H]."""
         held = length - self.coded
@@ -96,6 +113,23 @@ class LaneBytes:
             else:
                 packed[name] = self.buffers[name][:, :, start // part.every : -(-stop // part.every)]
         return packed
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy encoded tokens from slots `source` to slots `target`, [B, H, n] each; for lanes that write one by one."""
+        assert self.lane.one_by_one, "tokens that share parameters cannot be moved one by one"
+        for name, part in self.parts.items():
+            buffer = self.buffers[name]
+            if part.dtype is torch.uint8:
+                codes = unpack(buffer, part.bits, self.role, self.layout, part.width)
+                self._copy(codes, source, target)
+                self.buffers[name] = pack(codes, part.bits, self.role, self.layout)
+            else:
+                self._copy(buffer, source, target)
+
+    @staticmethod
+    def _copy(rows: Tensor, source: Tensor, target: Tensor) -> None:
+        index = source[..., None].expand(*source.shape, rows.shape[3])
+        rows.scatter_(2, target[..., None].expand_as(index), rows.gather(2, index))
 
     @property
     def step(self) -> int:
@@ -136,12 +170,6 @@ class LaneBytes:
         order = torch.arange(tokens, device=x.device)
         valid = None if even else order < count[..., None]
         packed = self.lane.codec.encode(x, valid)
-        for name, part in self.parts.items():
-            if part.kind == "scales" and not bool(packed[name].isfinite().all()):
-                raise NotFinite(
-                    f"the {self.role} to encode hold NaN, infinity or numbers beyond float16 (65504). Check the model's "
-                    "weights and dtype, or keep this layer exact"
-                )
         first, last = int(self.coded.min()), int((self.coded + count).max())
         self._reserve(last)
         slot = self.coded[..., None] + order  # [B, H, T]

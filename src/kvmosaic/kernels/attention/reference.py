@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvmosaic.kernels.attention.partial import Partial
+from kvmosaic.kernels.attention.dense import dense
+from kvmosaic.kernels.attention.partial import Partial, merge
 
 if TYPE_CHECKING:
     from kvmosaic.codecs import Packed
@@ -47,20 +48,61 @@ def attend(
     scale: float,
     softcap: float | None = None,
     affine: Affine | None = None,
+    fresh: tuple[Tensor, Tensor] | None = None,
 ) -> Partial:
-    """query [B, H, M, D] float32 over slots 0 ... length[b, h] - 1 of both lanes. No slot is masked otherwise."""
-    slots = int(length.max())
-    slot = torch.arange(slots, device=query.device)
+    """query [B, H, M, D] float32 over slots 0 ... length[b, h] - 1 of both lanes. No slot is masked otherwise.
+
+    fresh: exact keys and values [B, H, E, D] of the step itself, attended too by every row (and not by `affine`).
+    """
+    stored = _stored(keys, values, length, query, scale, softcap, affine)
+    if fresh is None:
+        return stored
+    every = torch.ones(1, 1, 1, fresh[0].shape[2], dtype=torch.bool, device=query.device)
+    return merge([stored, dense(query.unsqueeze(2), *fresh, scale, every, softcap)])
+
+
+def _stored(
+    keys: LaneBytes,
+    values: LaneBytes,
+    length: Tensor,
+    query: Tensor,
+    scale: float,
+    softcap: float | None,
+    affine: Affine | None,
+) -> Partial:
+    slot = torch.arange(int(length.max()), device=query.device)
+    logits = _valid_logits(keys, length, query, scale, softcap, affine, slot)
+    lse = torch.logsumexp(logits, -1)
+    weights = (logits - lse[..., None]).exp().nan_to_num(0.0)  # rows without tokens
+    return Partial(_mix(values, weights, slot), lse)
+
+
+def mass(
+    keys: LaneBytes, length: Tensor, query: Tensor, scale: float, softcap: float | None, lse: Tensor, weight: Tensor
+) -> Tensor:
+    """[B, H, S] float32, what each slot receives: the sum over rows of weight [B, 1, M] * exp(logit - lse [B, H, M])."""
+    slot = torch.arange(int(length.max()), device=query.device)
+    logits = _valid_logits(keys, length, query, scale, softcap, None, slot)
+    return ((logits - lse[..., None]).exp() * weight[..., None]).sum(2)
+
+
+def _valid_logits(
+    keys: LaneBytes,
+    length: Tensor,
+    query: Tensor,
+    scale: float,
+    softcap: float | None,
+    affine: Affine | None,
+    slot: Tensor,
+) -> Tensor:
+    """[B, H, M, S], scaled, capped and mapped; -inf past a row's length."""
     valid = (slot < length[..., None])[:, :, None]  # [B, H, 1, S]
     logits = _logits(keys, query, slot) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if affine is not None:
         logits = affine.apply(logits, valid)
-    logits = logits.masked_fill(~valid, -torch.inf)
-    lse = torch.logsumexp(logits, -1)
-    weights = (logits - lse[..., None]).exp().nan_to_num(0.0)  # rows without tokens
-    return Partial(_mix(values, weights, slot), lse)
+    return logits.masked_fill(~valid, -torch.inf)
 
 
 def _logits(lane: LaneBytes, query: Tensor, slot: Tensor) -> Tensor:
