@@ -18,8 +18,8 @@ from kvmosaic.stores import Tier
 class Recipe:
     """What happens to a cache, axis by axis; None leaves an axis as it is. Join recipes with `|`.
 
-    selection: which tokens of a prompt are kept; None = all.
-    tier: how tokens are kept; None = exactly.
+    selection: which tokens are kept, and in which tier; None = all, in the first.
+    tiers: how tokens are kept, best tier first; None = exactly.
     visual: how the tokens of pictures and video frames are kept, if otherwise than the rest.
     visual_by_picture: each unbroken run of visual tokens gets ranges of its own, where `visual` shares them over a run.
     fingerprint: of the one model that the recipe was calibrated for; None = any model.
@@ -27,7 +27,7 @@ class Recipe:
     """
 
     selection: Selection | None = None
-    tier: Tier | None = None
+    tiers: tuple[Tier, ...] | None = None
     visual: Tier | None = None
     visual_by_picture: bool | None = None
     fingerprint: str | None = None

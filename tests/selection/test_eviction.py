@@ -8,7 +8,7 @@ from torch import nn
 
 from kvmosaic import methods
 from kvmosaic.hooks.attention import Handle
-from kvmosaic.hooks.cache import CacheLayer
+from kvmosaic.hooks.layer import CacheLayer
 
 HEADS, GROUPS, SIZE = 2, 4, 32
 SCALE = SIZE**-0.5
@@ -74,7 +74,7 @@ def test_h2o_keeps_what_a_masked_full_cache_keeps(prompt, capacity, recent):
     got = [stream.feed(layer, now, now + 1)[0, 0] for now in range(prompt, prompt + 24)]
     want, alive = simulate(stream, prompt, 24, capacity, recent)
     assert torch.allclose(torch.stack(got), want, atol=1e-5)
-    store = layer.stores["tokens"]
+    store = layer.stores["tier 0"]
     assert store.length.eq(capacity).all()
     for head in range(HEADS):
         left = store.position[0, head, :capacity].sort().values
@@ -87,14 +87,14 @@ def test_streaming_llm_keeps_the_first_and_the_newest():
     got = [stream.feed(layer, now, now + 1)[0, 0] for now in range(50, 90)]
     want, _ = simulate(stream, 50, 40, capacity=19, recent=16, sinks=3, by_attention=False)
     assert torch.allclose(torch.stack(got), want, atol=1e-5)
-    assert layer.stores["tokens"].position[0, 0, :19].sort().values.tolist() == [0, 1, 2, *range(74, 90)]
+    assert layer.stores["tier 0"].position[0, 0, :19].sort().values.tolist() == [0, 1, 2, *range(74, 90)]
 
 
 def test_scores_add_up_to_the_number_of_queries_while_nothing_has_left():
     stream, layer = Stream(60), layer_of("h2o tokens=100 recent=4")
     for start, stop in ((0, 40), (40, 41), (41, 60)):
         stream.feed(layer, start, stop)
-    assert layer.stores["tokens"].score.sum(-1) == pytest.approx(torch.full((1, HEADS), 60.0), abs=1e-3)
+    assert layer.stores["tier 0"].score.sum(-1) == pytest.approx(torch.full((1, HEADS), 60.0), abs=1e-3)
 
 
 def test_a_budget_over_the_length_changes_nothing():
@@ -139,7 +139,7 @@ def test_tokens_taken_back_leave_no_trace_in_who_stays():
     stream.feed(layer, 40, 46)
     layer.crop(-6)
     assert layer.get_seq_length() == 40
-    assert layer.stores["tokens"].position.max() == 39
+    assert layer.stores["tier 0"].position.max() == 39
     stream.feed(layer, 40, 41)
     layer.crop(0)
-    assert layer.stores["tokens"].length.eq(20).all() and layer.stores["tokens"].position.max() == 40
+    assert layer.stores["tier 0"].length.eq(20).all() and layer.stores["tier 0"].position.max() == 40

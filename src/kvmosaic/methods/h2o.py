@@ -8,7 +8,7 @@ then evicted from together.
 """
 
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import AttentionSums, Budget, TopTokens
+from kvmosaic.selection import AttentionSums, Budget, HeavyHitters
 
 
 def h2o(keep: float | None = 0.2, *, tokens: int | None = None, recent: int = 32) -> Recipe:
@@ -18,4 +18,4 @@ def h2o(keep: float | None = 0.2, *, tokens: int | None = None, recent: int = 32
     Joins with tiers whose tokens are written one by one: exact, turboquant.
     """
     budget = Budget(None if tokens else keep, tokens)
-    return Recipe(selection=TopTokens(scorer=AttentionSums(), budget=budget, recent=recent, while_decoding=True))
+    return Recipe(selection=HeavyHitters(scorer=AttentionSums(), budget=budget, recent=recent))

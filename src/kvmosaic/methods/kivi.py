@@ -25,8 +25,10 @@ def kivi(
             f"residual must be a positive multiple of group (keys leave the window in whole groups), got {residual} and {group}"
         )
     return Recipe(
-        tier=Coded(
-            keys=Lane(Uniform(bits=key_bits or bits, axis="channel", group=group), window=0, flush=residual),
-            values=Lane(Uniform(bits=value_bits or bits, axis="token", group=group), window=residual, flush=1),
+        tiers=(
+            Coded(
+                keys=Lane(Uniform(bits=key_bits or bits, axis="channel", group=group), window=0, flush=residual),
+                values=Lane(Uniform(bits=value_bits or bits, axis="token", group=group), window=residual, flush=1),
+            ),
         )
     )

@@ -6,7 +6,7 @@ beyond the model's context).
 """
 
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Budget, Recency, TopTokens
+from kvmosaic.selection import Budget, HeavyHitters, Recency
 
 
 def streaming_llm(recent: int = 512, *, sinks: int = 4) -> Recipe:
@@ -15,4 +15,4 @@ def streaming_llm(recent: int = 512, *, sinks: int = 4) -> Recipe:
     Joins with tiers whose tokens are written one by one: exact, turboquant.
     """
     budget = Budget(tokens=sinks + recent)
-    return Recipe(selection=TopTokens(scorer=Recency(), budget=budget, sinks=sinks, while_decoding=True))
+    return Recipe(selection=HeavyHitters(scorer=Recency(), budget=budget, sinks=sinks))

@@ -20,4 +20,4 @@ def turboquant(
     """
     keys = Rotated(Sphere(bits=key_bits or bits, scale="unbiased"), seed)
     values = Rotated(Sphere(bits=value_bits or bits, scale="least"), seed)
-    return Recipe(tier=Coded(Lane(keys, window), Lane(values, window)))
+    return Recipe(tiers=(Coded(Lane(keys, window), Lane(values, window)),))

@@ -1,13 +1,16 @@
 """What a selection sees, and what it answers."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 DROP = -1
 """The tier of a token that is not kept."""
+
+WAIT = -2
+"""The tier of a generated token that waits, exact, until enough have gathered to choose among them."""
 
 
 class Step(NamedTuple):
@@ -25,28 +28,57 @@ class Step(NamedTuple):
 class Selection(Protocol):
     """Settings only. Pure: the same step gives the same tiers; ties go to the older token.
 
-    while_decoding: False = asked about every forward pass of several tokens (a prompt, a chunk of it, a later turn), each
-        by itself; tokens that are generated one at a time stay. True = the first prompt sets how many tokens a row
-        may keep, and from then on tokens leave as new ones come.
+    Every forward pass of several tokens (a prompt, a chunk of it, a later turn) is assigned by itself. Tokens that are
+    generated one at a time stay in the first tier, unless the selection is one of the two kinds below.
     """
 
-    while_decoding: bool
-
     def assign(self, step: Step) -> Tensor:
-        """[B, H, T] int8: 0 for a token that stays, or DROP. What it says of padding is not read."""
+        """[B, H, T] int8: the index of each token's tier, or DROP. What it says of padding is not read."""
         ...
 
+    def expected(self, tokens: int, layer: int, layers: int) -> tuple[int, ...]:
+        """How many of a prompt's tokens each tier will hold per KV head; for arithmetic without tensors."""
+        ...
+
+
+@runtime_checkable
+class Gathering(Selection, Protocol):
+    """Generated tokens wait, exact, and are assigned `gather` at a time, by the attention they received meanwhile."""
+
+    gather: int
+
+    def asks(self, seen: int, waiting: int) -> bool:
+        """Whether the query of the token at place `seen`, the `waiting`-th that waits, counts."""
+        ...
+
+    def assign_waiting(self, score: Tensor, asked: Tensor) -> Tensor:
+        """score [B, H, n] float32, attention received; asked [B, n] bool, whose queries counted -> as `assign`."""
+        ...
+
+
+@runtime_checkable
+class Evicting(Selection, Protocol):
+    """The first prompt sets how many tokens a row may keep; from then on tokens leave as new ones come."""
+
     def capacity(self, step: Step) -> Tensor:
-        """[B] int64, the tokens that each row may keep after this first prompt; only with while_decoding."""
+        """[B] int64, the tokens that each row may keep after this first prompt."""
         ...
 
     def score(self, step: Step) -> Tensor:
-        """[B, H, T] float32, which the first prompt's tokens take with them; only with while_decoding."""
+        """[B, H, T] float32, which the first prompt's tokens take with them."""
         ...
 
     def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
         """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first."""
         ...
+
+
+def places(score: Tensor) -> Tensor:
+    """[..., S] -> each entry's place when sorted, highest first; of equals the older token comes first."""
+    order = score.sort(dim=-1, descending=True, stable=True).indices
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ class WindowAttention:
             raise ValueError(f"pooling must be 'max' or 'mean', got {self.pooling!r}")
 
     def score(self, step: Step) -> Tensor:
-        sums = column_sums(step.query, step.keys, step.scale, step.valid, rows=self.window)
+        newest = step.valid.flip(1).cumsum(1).flip(1) <= self.window
+        sums = column_sums(step.query, step.keys, step.scale, step.valid, newest)
         if self.pooling == "max":
             return torch.nn.functional.max_pool1d(sums, self.kernel, stride=1, padding=self.kernel // 2)
         return torch.nn.functional.avg_pool1d(sums, self.kernel, stride=1, padding=self.kernel // 2)

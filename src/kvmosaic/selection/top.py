@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvmosaic.selection.base import DROP, Budget, Selection, Step
+from kvmosaic.selection.base import DROP, Budget, Evicting, Selection, Step, places
 from kvmosaic.selection.scores import Recency, Scorer
 
 
@@ -38,8 +38,6 @@ class TopTokens(Selection):
     head_floor: None = every head keeps as many; a share = heads get that share of the mean alike, and compete for the
         rest by score (AdaKV, arXiv:2407.11550; its alpha).
     What must stay (`sinks`, `recent`) stays even if the budget is smaller.
-    while_decoding: after the first prompt, the lowest score leaves as a new token comes. Scores add up attention, or with
-        `Recency` are places. Not with head_floor.
     """
 
     scorer: Scorer
@@ -48,11 +46,8 @@ class TopTokens(Selection):
     recent: int = 0
     pyramid: Pyramid | None = None
     head_floor: float | None = None
-    while_decoding: bool = False
 
     def __post_init__(self) -> None:
-        if self.while_decoding and self.head_floor is not None:
-            raise ValueError("heads cannot compete for tokens (head_floor) while decoding: give one of the two")
         if self.sinks < 0 or self.recent < 0:
             raise ValueError(f"sinks and recent are counts of tokens, got {self.sinks} and {self.recent}")
         if self.head_floor is not None and not 0 <= self.head_floor <= 1:
@@ -64,42 +59,28 @@ class TopTokens(Selection):
             )
 
     def assign(self, step: Step) -> Tensor:
-        heads, tokens = step.keys.shape[1:3]
         present = step.valid.sum(1)  # [B]
         rank = step.valid.cumsum(1) - 1  # place among the row's tokens
         protected = (rank < self.sinks) | (rank >= present[:, None] - self.recent)
-        score = self.score(step).masked_fill(protected[:, None], torch.inf)
+        score = self.scorer.score(step).masked_fill(protected[:, None], torch.inf)
         score = score.masked_fill(~step.valid[:, None], -torch.inf)
         must = (protected & step.valid).sum(1)
-        count = torch.minimum(torch.maximum(self._scaled(step, self.budget.count(present)), must), present)  # [B]
-        keep = count[:, None].expand(-1, heads)
+        count = torch.minimum(
+            torch.maximum(self._scaled(self.budget.count(present), step.layer, step.layers), must), present
+        )  # [B]
+        keep = count[:, None].expand(-1, step.keys.shape[1])
         if self.head_floor is not None:
             keep = self._by_head(score, count, must)
-        # sort is stable: of equal scores the older token stays
-        order = score.sort(dim=-1, descending=True, stable=True).indices
-        place = torch.empty_like(order).scatter_(2, order, torch.arange(tokens, device=order.device).expand_as(order))
-        return torch.where(place < keep[..., None], 0, DROP).to(torch.int8)
+        return torch.where(places(score) < keep[..., None], 0, DROP).to(torch.int8)
 
-    def score(self, step: Step) -> Tensor:
-        return self.scorer.score(step)
+    def expected(self, tokens: int, layer: int, layers: int) -> tuple[int, ...]:
+        count = self._scaled(self.budget.count(torch.tensor(tokens)), layer, layers)
+        return (min(tokens, max(int(count), self.sinks + self.recent)),)
 
-    def capacity(self, step: Step) -> Tensor:
-        present = step.valid.sum(1)
-        count = (
-            present.new_full(present.shape, self.budget.tokens) if self.budget.tokens else self.budget.count(present)
-        )
-        return torch.maximum(self._scaled(step, count), torch.full_like(count, self.sinks + self.recent))
-
-    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
-        newest = position.masked_fill(~present, -1).amax(2, keepdim=True)
-        protected = (position < self.sinks) | (position > newest - self.recent)
-        by = position.float() if isinstance(self.scorer, Recency) else score
-        return by.masked_fill(protected, torch.inf)
-
-    def _scaled(self, step: Step, count: Tensor) -> Tensor:
+    def _scaled(self, count: Tensor, layer: int, layers: int) -> Tensor:
         if self.pyramid is None:
             return count
-        return (count * self.pyramid.scale(step.layer, step.layers)).round().to(torch.int64)
+        return (count * self.pyramid.scale(layer, layers)).round().to(torch.int64)
 
     def _by_head(self, score: Tensor, count: Tensor, must: Tensor) -> Tensor:
         """[B, H]: how many each head keeps, H * count in all: its floor, and what it wins against the others."""
@@ -108,9 +89,28 @@ class TopTokens(Selection):
         floor = torch.maximum((count * self.head_floor).to(torch.int64), must)
         ranked = score.sort(dim=-1, descending=True, stable=True).values
         contest = ranked.masked_fill(torch.arange(tokens, device=score.device) < floor[:, None, None], -torch.inf)
-        order = contest.flatten(1).sort(dim=-1, descending=True, stable=True).indices
-        place = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-        )
+        place = places(contest.flatten(1))
         won = place.view(batch, heads, tokens) < ((count - floor) * heads)[:, None, None]
         return floor[:, None] + (won & contest.isfinite()).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeavyHitters(TopTokens, Evicting):
+    """`TopTokens` that goes on: as a new token comes, the one that scores least leaves. Scores add up attention; with
+    `Recency` they are places. Heads do not compete (no head_floor)."""
+
+    head_floor: None = None
+
+    def score(self, step: Step) -> Tensor:
+        return self.scorer.score(step)
+
+    def capacity(self, step: Step) -> Tensor:
+        present = step.valid.sum(1)
+        wanted = torch.full_like(present, self.budget.tokens) if self.budget.tokens else self.budget.count(present)
+        return self._scaled(wanted, step.layer, step.layers).clamp_min(self.sinks + self.recent)
+
+    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
+        newest = position.masked_fill(~present, -1).amax(2, keepdim=True)
+        protected = (position < self.sinks) | (position > newest - self.recent)
+        by = position.float() if isinstance(self.scorer, Recency) else score
+        return by.masked_fill(protected, torch.inf)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvmosaic.codecs import Codec, Packed
 from kvmosaic.errors import NotFinite
+from kvmosaic.kernels.encode import cpu as encode
 from kvmosaic.kernels.layout import BLOCK, Role, bytes_per_block, layout_of, pack, unpack
 
 LARGEST = torch.finfo(torch.float16).max / 2
@@ -36,9 +37,10 @@ class Lane:
     def __post_init__(self) -> None:
         if self.window < 0 or self.flush < 1:
             raise ValueError(f"window must be at least 0 and flush at least 1, got {self.window} and {self.flush}")
-        every = max((part.every or 1 for part in self.codec.parts(BLOCK * 2).values()), default=1)
-        if self.flush % every:
-            raise ValueError(f"flush must be a multiple of the codec's group of {every} tokens, got {self.flush}")
+        if self.flush % self.codec.unit:
+            raise ValueError(
+                f"flush must be a multiple of the codec's group of {self.codec.unit} tokens, got {self.flush}"
+            )
 
     @property
     def ring(self) -> int:
@@ -165,13 +167,21 @@ class LaneBytes:
 
     def _write(self, x: Tensor, count: Tensor) -> None:
         """Encode x [B, H, T, D] into the slots after `coded`; each row has its first `count` tokens."""
+        first, last = int(self.coded.min()), int((self.coded + count).max())
+        self._reserve(last)
+        if x.device.type != "cpu" or not encode.write(self, x, count):
+            self._write_by_codec(x, count, first, last)
+        if self.by_run:
+            self.starts = torch.cat([self.starts, self.coded[..., None]], 2)
+        self.coded = self.coded + count
+
+    def _write_by_codec(self, x: Tensor, count: Tensor, first: int, last: int) -> None:
+        """What `_write` does where no kernel does it; the slots in question are within [first, last)."""
         tokens = x.shape[2]
         even = bool((count == tokens).all())
         order = torch.arange(tokens, device=x.device)
         valid = None if even else order < count[..., None]
         packed = self.lane.codec.encode(x, valid)
-        first, last = int(self.coded.min()), int((self.coded + count).max())
-        self._reserve(last)
         slot = self.coded[..., None] + order  # [B, H, T]
         for name, part in self.parts.items():
             if part.every is None:
@@ -184,9 +194,6 @@ class LaneBytes:
                 self._scatter(
                     self.buffers[name], packed[name], entry, None if valid is None else valid[..., :: part.every]
                 )
-        if self.by_run:
-            self.starts = torch.cat([self.starts, self.coded[..., None]], 2)
-        self.coded = self.coded + count
 
     def _write_codes(self, name: str, codes: Tensor, slot: Tensor, valid: Tensor | None, first: int, last: int) -> None:
         """Put codes into their blocks; a block that is partly filled already is unpacked and packed again."""

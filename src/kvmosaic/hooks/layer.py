@@ -1,0 +1,331 @@
+"""One layer's cache: what a step's tokens go through from their attention to their store."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from kvmosaic.codecs import Exact
+from kvmosaic.errors import CacheMismatch, CannotRollBack, NotFinite
+from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_sinks
+from kvmosaic.hooks.pending import Pending
+from kvmosaic.kernels.attention import Partial, dense, dense_mass
+from kvmosaic.recipe import Recipe
+from kvmosaic.selection import DROP, WAIT, Evicting, Gathering, Step
+from kvmosaic.stores import Coded, CodedStore, EvictingStore, Lane, Store, Tier
+
+EXACT = Coded(Lane(Exact()), Lane(Exact()))
+"""The tier of tokens that a recipe leaves as they are."""
+
+ROLLBACK = 128
+"""While past is recorded (assisted decoding), this many of the newest tokens at least can be taken back."""
+
+
+class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One full-attention layer. A step's tokens are attended exactly, then stored; what is stored is never dense again."""
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, index: int, layers: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.index, self.layers, self.recipe = index, layers, recipe
+        self.seen = 0
+        self.stores: dict[str, Store] = {}
+        self.pending: Pending | None = None
+        self.record_past = False
+        self.capacity: Tensor | None = None  # [B], tokens that a row may keep, if the selection goes on while decoding
+        self.visual: Tensor | None = None  # of the step that is under way, [B, T]
+
+    # what transformers asks of a layer
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size, self.num_heads = key_states.shape[:2]
+        self.head_sizes = (key_states.shape[3], value_states.shape[3])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, Handle]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        want, got = (self.batch_size, self.num_heads), tuple(key_states.shape[:2])
+        if want != got or self.device != key_states.device:
+            raise CacheMismatch(
+                f"layer {self.index} of this cache holds {want[0]} sequences with {want[1]} KV heads on {self.device}, and "
+                f"{got[0]} with {got[1]} on {key_states.device} came. Make a new cache for another model or batch"
+            )
+        handle = Handle(self, key_states, value_states)
+        return handle, handle
+
+    def get_seq_length(self) -> int:
+        return self.seen  # tokens seen, not stored: positions and masks depend on it
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # masks cover the step's own tokens only: whatever is stored is past and no padding, so every query sees it
+        return query_length, self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.seen, self.stores, self.pending, self.is_initialized = 0, {}, None, False
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest -tokens_to_remove tokens (a number at most 0), then store what was waiting."""
+        remove = -tokens_to_remove
+        waiting = 0 if self.pending is None else len(self.pending)
+        if remove < 0 or remove > waiting:
+            raise CannotRollBack(
+                f"asked to take back {remove} tokens of layer {self.index}, of which {waiting} are not stored yet. Call "
+                "cache.activate_past_recording() before the tokens that may have to go come in"
+            )
+        self.seen -= remove
+        if self.pending is not None:
+            left, self.pending = self.pending[: waiting - remove], None
+            self._advance(left, hold=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, 0))
+        self.batch_size *= repeats
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
+        self.batch_size = next(self.tensors())[2].shape[0] if self.is_initialized else self.batch_size
+
+    def offload(self) -> None:
+        raise CacheMismatch("a compressed cache does not offload its layers; make it without offloading=True")
+
+    # the step
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        handle: Handle,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """query [B, Hq, T, D] over everything stored and the step's own tokens; then the step's tokens are stored."""
+        new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query))
+        if self.seen == 0:
+            out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
+            new = self._assigned(new, query, scale)
+        else:
+            merged, new = self._over_all(new, query, mask, scale, softcap, sinks)
+            out = to_output(merged, query)
+        self._settle(new)
+        return out
+
+    def _over_all(
+        self,
+        new: Pending,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> tuple[Partial, Pending]:
+        """The attention of a step that has a past; and the new tokens with what the selection says of them."""
+        mask = None if mask is None else mask[..., -query.shape[2] :]
+        step = new
+        if self.pending is not None:
+            step = self.pending + new
+            mask = self._beside_pending(mask, query)
+        rows = by_kv_head(query, self.num_heads)
+        flat = rows.flatten(2, 3).float()
+        partials = [store.attend(flat, scale, softcap) for store in self.stores.values()]
+        partials.append(dense(rows, step.keys, step.values, scale, mask, softcap))
+        merged = with_sinks(partials, sinks)
+        selection = self.recipe.selection
+        waits = isinstance(selection, Gathering) and len(new) < selection.gather
+        if not waits and not isinstance(selection, Evicting):
+            return merged, self._assigned(new, query, scale)
+        # scores: what the queries that count pay to each token, stored, waiting or new
+        asked = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
+        if waits:
+            asked = asked & torch.tensor(self._asks(len(new)), device=query.device)
+        if new.valid is not None:
+            asked = asked & new.valid
+        weight = (asked / rows.shape[2])[:, None, None].expand(-1, 1, rows.shape[2], -1).flatten(2)
+        for store in self.stores.values():
+            if isinstance(store, EvictingStore):
+                store.observe(flat, scale, softcap, merged.lse, weight)
+        score = dense_mass(rows, step.keys, scale, mask, softcap, merged.lse, weight)
+        if self.pending is not None:
+            earlier = score[..., : len(self.pending)]
+            self.pending = replace(
+                self.pending, score=earlier if self.pending.score is None else earlier + self.pending.score
+            )
+        tier = torch.full_like(score[..., -len(new) :], WAIT, dtype=torch.int8) if waits else None
+        return merged, replace(new, tier=tier, score=score[..., -len(new) :], asked=asked)
+
+    def _asks(self, new: int) -> list[bool]:
+        assert isinstance(self.recipe.selection, Gathering), "only asked of tokens that wait"
+        waiting = 0 if self.pending is None else len(self.pending)
+        return [self.recipe.selection.asks(self.seen + token, waiting + token) for token in range(new)]
+
+    def _assigned(self, new: Pending, query: Tensor, scale: float) -> Pending:
+        """The new tokens with their tiers, and their scores where they go on counting."""
+        selection = self.recipe.selection
+        if selection is None or (len(new) == 1 and self.seen):
+            return new
+        valid = new.valid
+        if valid is None:
+            valid = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
+        step = Step(self.index, self.layers, query, new.keys, new.values, scale, valid)
+        new = replace(new, tier=selection.assign(step))
+        if not isinstance(selection, Evicting):
+            return new
+        self.capacity = selection.capacity(step)
+        return replace(new, score=selection.score(step))
+
+    def _settle(self, new: Pending) -> None:
+        self.seen += len(new)
+        self.visual = None
+        waiting, self.pending = new if self.pending is None else self.pending + new, None
+        # nothing ends recording, so a plain generate on the same cache must still store what grows old
+        self._advance(waiting, hold=max(len(new), ROLLBACK) if self.record_past else 0)
+
+    def _advance(self, waiting: Pending, hold: int) -> None:
+        """Store what is ready of the tokens that wait, all but the newest `hold` at most; the rest goes on waiting."""
+        ready = max(0, len(waiting) - hold)
+        selection = self.recipe.selection
+        if isinstance(selection, Gathering) and waiting.tier is not None:
+            chosen = (waiting.tier[0, 0] != WAIT).nonzero()[:, 0]  # rows and heads wait alike
+            before = int(chosen[-1]) + 1 if len(chosen) else 0  # what waits before a prompt is chosen together with it
+            ready = min(ready, max(before, len(waiting) // selection.gather * selection.gather))
+        if ready:
+            self._store(waiting[:ready])
+            waiting = waiting[ready:]
+        self.pending = waiting if len(waiting) else None
+
+    def _store(self, tokens: Pending) -> None:
+        """Put each token into its tier's store: visual tokens into theirs; padding and dropped tokens into none."""
+        tier, selection = tokens.tier, self.recipe.selection
+        if isinstance(selection, Gathering) and tier is not None:
+            waits = tier[0, 0] == WAIT
+            if bool(waits.any()):
+                assert tokens.score is not None and tokens.asked is not None, "tokens that wait are scored"
+                tier = tier.clone()
+                tier[..., waits] = selection.assign_waiting(tokens.score[..., waits], tokens.asked[:, waits])
+        valid = None if tokens.valid is None else self._by_head(tokens.valid)
+        if isinstance(selection, Evicting):
+            self._put_and_evict(selection, tokens, _both(valid, None if tier is None else tier != DROP))
+            return
+        rest = valid
+        if tokens.visual is not None and self.recipe.visual is not None:
+            keep = _both(valid, None if tier is None else tier != DROP)
+            for picture in _pictures(tokens.visual) if self.recipe.visual_by_picture else (tokens.visual,):
+                self._put("visual", self.recipe.visual, tokens, _both(self._by_head(picture), keep))
+            rest = _both(valid, self._by_head(~tokens.visual))
+        for index, settings in enumerate(self.recipe.tiers or (EXACT,)):
+            mine = None if tier is None else tier == index
+            if tier is not None or index == 0:
+                self._put(f"tier {index}", settings, tokens, _both(rest, mine))
+
+    def _put(self, name: str, tier: Tier, tokens: Pending, keep: Tensor | None) -> None:
+        if keep is not None and not bool(keep.any()):
+            return
+        store = self.stores.get(name)
+        if store is None:
+            store = self.stores[name] = tier.open(self.index, tokens.keys, tokens.values)
+        assert isinstance(store, CodedStore), "a layer that does not evict has coded stores"
+        with self._naming_the_layer():
+            store.put(tokens.keys, tokens.values, keep)
+
+    def _put_and_evict(self, selection: Evicting, tokens: Pending, keep: Tensor | None) -> None:
+        assert tokens.score is not None, "a token of a layer that evicts has a score"
+        store = self.stores.get("tier 0")
+        if store is None:
+            tier = (self.recipe.tiers or (EXACT,))[0]
+            store = EvictingStore(tier.open(self.index, tokens.keys, tokens.values))
+            self.stores["tier 0"], store.capacity = store, self.capacity
+        assert isinstance(store, EvictingStore), "a layer that evicts has one kind of store"
+        if keep is None:
+            keep = torch.ones_like(tokens.score, dtype=torch.bool)
+        valid = torch.ones_like(keep[:, 0]) if tokens.valid is None else tokens.valid
+        with self._naming_the_layer():
+            store.put(tokens.keys, tokens.values, valid, keep, tokens.score)
+        store.evict(selection.rank)
+
+    @contextmanager
+    def _naming_the_layer(self) -> Iterator[None]:
+        try:
+            yield
+        except NotFinite as error:
+            raise NotFinite(f"layer {self.index}: {error}") from None
+
+    def _by_head(self, flag: Tensor) -> Tensor:
+        return flag[:, None].expand(-1, self.num_heads, -1)
+
+    def _valid(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        """[B, T], False for padding: a token that may not attend to itself. None = all are tokens."""
+        if mask is None:
+            return None
+        steps = query.shape[2]
+        allowed = mask if mask.dtype is torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if mask.shape[-1] > steps and self.seen and not bool(allowed[..., :-steps].all()):
+            raise CacheMismatch(
+                f"a mask of {mask.shape[-1]} columns hides tokens that layer {self.index} has stored. Stored tokens are "
+                "always attended: hide them when they first come (attention_mask), or use the exact cache"
+            )
+        valid = allowed[..., -steps:].diagonal(dim1=-2, dim2=-1)[:, 0].expand(query.shape[0], -1)
+        return None if bool(valid.all()) else valid
+
+    def _beside_pending(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+        """The step's mask with columns for the waiting tokens in front."""
+        assert self.pending is not None, "only called while tokens wait"
+        if mask is None and self.pending.valid is None:
+            return None
+        batch, _, steps, _ = query.shape
+        if mask is None:
+            mask = torch.ones(steps, steps, dtype=torch.bool, device=query.device).tril()[None, None]
+        elif mask.dtype is not torch.bool:
+            mask = mask > torch.finfo(mask.dtype).min / 2
+        past = torch.ones(batch, len(self.pending), dtype=torch.bool, device=query.device)
+        past = past if self.pending.valid is None else self.pending.valid
+        return torch.cat([past[:, None, None].expand(-1, -1, steps, -1), mask.expand(batch, -1, -1, -1)], -1)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        for store in self.stores.values():
+            store.map(change)
+        if self.pending is not None:
+            self.pending = self.pending.map(change)
+
+    def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        """(name, kind, tensor) of everything held."""
+        for name, store in self.stores.items():
+            for part, kind, tensor in store.tensors():
+                yield f"{name}.{part}", kind, tensor
+        if self.pending is not None:
+            for name in ("keys", "values", "visual", "valid", "tier", "score", "asked"):
+                tensor = getattr(self.pending, name)
+                if tensor is not None:
+                    yield f"pending.{name}", "exact" if name in ("keys", "values") else "metadata", tensor
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The tokens in both masks; None = all."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other
+
+
+def _pictures(visual: Tensor) -> Iterator[Tensor]:
+    """The unbroken runs of visual tokens: [B, T] masks, the i-th with the i-th run of every row."""
+    start = visual & ~torch.nn.functional.pad(visual, (1, 0))[:, :-1]
+    number = start.cumsum(1)
+    for run in range(1, int(number.max()) + 1):
+        yield visual & (number == run)

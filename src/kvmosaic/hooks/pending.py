@@ -1,0 +1,57 @@
+"""Tokens between their attention and their store."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Tokens that have been attended but not stored yet, with the columns that travel with them.
+
+    keys, values: [B, H, T, D].
+    visual, valid: [B, T] bool, False for padding in `valid`; None = no token is visual, all are valid.
+    tier: [B, H, T] int8, what the recipe's selection said; None = the first tier.
+    score: [B, H, T] float32, attention received, and asked: [B, T] bool, whether a token's own query counted in scores;
+        only where the selection goes on while decoding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    visual: Tensor | None = None
+    valid: Tensor | None = None
+    tier: Tensor | None = None
+    score: Tensor | None = None
+    asked: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.keys.shape[2]
+
+    def __getitem__(self, tokens: slice) -> "Pending":
+        columns = (None if each is None else each[..., tokens] for each in self._columns())
+        return Pending(self.keys[:, :, tokens], self.values[:, :, tokens], *columns)
+
+    def __add__(self, other: "Pending") -> "Pending":
+        def join(name: str, missing: int) -> Tensor | None:
+            columns = getattr(self, name), getattr(other, name)
+            some = next((each for each in columns if each is not None), None)
+            if some is None:
+                return None
+            whole = (
+                some.new_full((*some.shape[:-1], len(part)), missing) if each is None else each
+                for each, part in zip(columns, (self, other), strict=True)
+            )
+            return torch.cat(list(whole), -1)
+
+        keys, values = torch.cat([self.keys, other.keys], 2), torch.cat([self.values, other.values], 2)
+        missing = {"visual": False, "valid": True, "tier": 0, "score": 0, "asked": False}
+        return Pending(keys, values, **{name: join(name, value) for name, value in missing.items()})
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Pending":
+        columns = (None if each is None else change(each) for each in self._columns())
+        return Pending(change(self.keys), change(self.values), *columns)
+
+    def _columns(self) -> tuple[Tensor | None, ...]:
+        return self.visual, self.valid, self.tier, self.score, self.asked

@@ -1,0 +1,38 @@
+"""ZipCache: salient tokens at 4 bits, the others at 2, saliency from a few probe queries.
+
+He et al., NeurIPS 2024, arXiv:2405.14256; code: ThisisBillhe/ZipCache.
+We follow the paper where the code differs: saliency is divided by the probes that see a token (released=True: by the full
+matrix's queries, as in the code), and generated tokens are chosen among the newest `gather` by their own probes, without
+re-quantizing what is stored (the code re-quantizes everything).
+Departures: statistics per sequence and KV head (the code: over the batch, values over all heads), the values' channel
+factors per tier and run; random probes without replacement.
+"""
+
+from kvmosaic.codecs import Uniform
+from kvmosaic.recipe import Recipe
+from kvmosaic.selection import Saliency
+from kvmosaic.stores import Coded, Lane
+
+
+def zipcache(
+    salient: float = 0.6,
+    *,
+    bits: int = 4,
+    low_bits: int = 2,
+    probes: float = 0.1,
+    gather: int = 100,
+    released: bool = False,
+    seed: int = 0,
+) -> Recipe:
+    """salient: share of the tokens that is kept at `bits`; the others at `low_bits` (1, 2, 4 or 8 each).
+
+    probes: share of the queries that score. gather: how many generated tokens wait, exact, before they are chosen among.
+    released: the released code's divisor. seed: of the random probes.
+    """
+
+    def tier(bits: int) -> Coded:
+        keys, values = Uniform(bits=bits, axis="channel"), Uniform(bits=bits, axis="token", equalize=True)
+        return Coded(Lane(keys), Lane(values))
+
+    selection = Saliency(share=salient, probes=probes, gather=gather, released=released, seed=seed)
+    return Recipe(selection=selection, tiers=(tier(bits), tier(low_bits)))
