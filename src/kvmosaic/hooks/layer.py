@@ -145,8 +145,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             mask = self._beside_pending(mask, query)
         rows = by_kv_head(query, self.num_heads)
         flat = rows.flatten(2, 3).float()
-        partials = [store.attend(flat, scale, softcap) for store in self.stores.values()]
-        partials.append(dense(rows, step.keys, step.values, scale, mask, softcap))
+        stores = list(self.stores.values())
+        if stores and len(step) == 1 and mask is None:  # a decode step: the new token in the same pass as a store
+            partials = [stores[0].attend(flat, scale, softcap, fresh=(step.keys, step.values))]
+            partials += [store.attend(flat, scale, softcap) for store in stores[1:]]
+        else:
+            partials = [store.attend(flat, scale, softcap) for store in stores]
+            partials.append(dense(rows, step.keys, step.values, scale, mask, softcap))
         merged = with_sinks(partials, sinks)
         selection = self.recipe.selection
         waits = isinstance(selection, Gathering) and len(new) < selection.gather

@@ -1,7 +1,8 @@
 """What a selection sees, and what it answers."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,33 +42,36 @@ class Selection(Protocol):
         ...
 
 
-@runtime_checkable
-class Gathering(Selection, Protocol):
+class Gathering(Selection):
     """Generated tokens wait, exact, and are assigned `gather` at a time, by the attention they received meanwhile."""
 
     gather: int
 
+    @abstractmethod
     def asks(self, seen: int, waiting: int) -> bool:
         """Whether the query of the token at place `seen`, the `waiting`-th that waits, counts."""
         ...
 
+    @abstractmethod
     def assign_waiting(self, score: Tensor, asked: Tensor) -> Tensor:
         """score [B, H, n] float32, attention received; asked [B, n] bool, whose queries counted -> as `assign`."""
         ...
 
 
-@runtime_checkable
-class Evicting(Selection, Protocol):
+class Evicting(Selection):
     """The first prompt sets how many tokens a row may keep; from then on tokens leave as new ones come."""
 
+    @abstractmethod
     def capacity(self, step: Step) -> Tensor:
         """[B] int64, the tokens that each row may keep after this first prompt."""
         ...
 
+    @abstractmethod
     def score(self, step: Step) -> Tensor:
         """[B, H, T] float32, which the first prompt's tokens take with them."""
         ...
 
+    @abstractmethod
     def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
         """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first."""
         ...

@@ -20,7 +20,9 @@ class Store(Protocol):
         """[B, H] int64, tokens held."""
         ...
 
-    def attend(self, query: Tensor, scale: float, softcap: float | None) -> Partial: ...
+    def attend(
+        self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None
+    ) -> Partial: ...
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]: ...
 
@@ -81,9 +83,8 @@ class CodedStore:
 
         Raises NotFinite before anything is written.
         """
-        if keep is None:
-            count = torch.full_like(self.length, keys.shape[2])
-        else:
+        count = None
+        if keep is not None:
             count = keep.sum(2)
             most = int(count.max())
             if not most:
@@ -96,16 +97,21 @@ class CodedStore:
         self.values.check(values)
         self.keys.put(keys, count, self.length)
         self.values.put(values, count, self.length)
-        self.length = self.length + count
+        self.length = self.length + (keys.shape[2] if count is None else count)
 
     def shorten(self, length: Tensor) -> None:
         """Forget the slots from `length` [B, H] on; only where both lanes encode every token at once."""
         self.length = length
         self.keys.coded = self.values.coded = length
 
-    def attend(self, query: Tensor, scale: float, softcap: float | None) -> Partial:
-        """query [B, H, M, D] (the M rows of a KV head: its query heads times the step's tokens) over every slot."""
-        return attention.attend(self.keys, self.values, self.length, query, scale, softcap, self.tier.affine)
+    def attend(
+        self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None
+    ) -> Partial:
+        """query [B, H, M, D] (the M rows of a KV head: its query heads times the step's tokens) over every slot.
+
+        fresh: keys and values [B, H, E, D] of the step itself, to be attended in the same pass.
+        """
+        return attention.attend(self.keys, self.values, self.length, query, scale, softcap, self.tier.affine, fresh)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for side, lane in (("keys", self.keys), ("values", self.values)):

@@ -42,8 +42,10 @@ class EvictingStore:
         self.placed = self.placed + valid.sum(1)
         self.store.put(keys, values, keep)
 
-    def attend(self, query: Tensor, scale: float, softcap: float | None) -> attention.Partial:
-        return self.store.attend(query, scale, softcap)
+    def attend(
+        self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None
+    ) -> attention.Partial:
+        return self.store.attend(query, scale, softcap, fresh)
 
     def observe(self, query: Tensor, scale: float, softcap: float | None, lse: Tensor, weight: Tensor) -> None:
         """Add to each token's score what it received from these queries: query [B, H, M, D], lse [B, H, M] over all

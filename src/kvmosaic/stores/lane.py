@@ -78,6 +78,7 @@ class LaneBytes:
         self.ring = like.new_zeros(batch, heads, 0, self.channels)
         self.coded = torch.zeros(batch, heads, dtype=torch.int64, device=like.device)
         self.starts = self.coded.new_zeros(batch, heads, 0)
+        self.free = 0  # tokens that can come before any row has some to encode
 
     def check(self, x: Tensor) -> None:
         """Raises NotFinite if no float16 range can be fitted to x; asked before either lane is written."""
@@ -88,20 +89,33 @@ class LaneBytes:
                 "weights and dtype, or keep this layer exact"
             )
 
-    def put(self, x: Tensor, count: Tensor, length: Tensor) -> None:
-        """Take the tokens that follow slot `length`: x [B, H, T, D], of which each row has its first `count` [B, H]."""
-        held = length - self.coded
-        ready = (held + count - self.lane.window).clamp_min(0) // self.lane.flush * self.lane.flush
-        most = int(ready.max())
-        if most:
-            self._write(self._oldest(x, held, most), ready)
+    def put(self, x: Tensor, count: Tensor | None, length: Tensor) -> None:
+        """Take the tokens that follow slot `length`: x [B, H, T, D], of which each row has its first `count` [B, H]
+        (None = all)."""
+        tokens = x.shape[2]
+        if tokens > self.free:
+            coming = tokens if count is None else count
+            held = length - self.coded
+            ready = (held + coming - self.lane.window).clamp_min(0) // self.lane.flush * self.lane.flush
+            most = int(ready.max())
+            if most:
+                self._write(self._oldest(x, held, most), ready)
+            self.free = self.lane.ring - int((length + coming - self.coded).max()) + tokens
+        self.free -= tokens
         if self.lane.ring:
-            self._reserve_ring(min(self.lane.ring, int((length + count).max())))
-            # only the newest tokens can stay: the last ring's worth of slots
-            slot = length[..., None] + torch.arange(x.shape[2], device=x.device)
+            self._keep(x, count, length)
+
+    def _keep(self, x: Tensor, count: Tensor | None, length: Tensor) -> None:
+        """Put what is not encoded into the ring: the newest tokens, a ring's worth of slots at most."""
+        tokens = x.shape[2]
+        longest = length.max() + tokens if count is None else (length + count).max()
+        self._reserve_ring(min(self.lane.ring, int(longest)))
+        first = 0 if count is not None else max(0, tokens - self.lane.ring)
+        slot = length[..., None] + torch.arange(first, tokens, device=x.device)
+        stay = None  # of whole rows, what is encoded is written too: its place in the ring is free
+        if count is not None:
             stay = (slot >= self.coded[..., None]) & (slot < (length + count)[..., None])
-            row, head, token = stay.nonzero(as_tuple=True)
-            self.ring[row, head, slot[row, head, token] % self.lane.ring] = x[row, head, token]
+        self._scatter(self.ring, x[:, :, first:], slot % self.lane.ring, stay)
 
     def read(self, start: int, stop: int) -> Packed:
         """The parts of slots [start, stop), codes unpacked to [B, H, tokens, width]; `start` on a block's border."""
@@ -158,11 +172,11 @@ class LaneBytes:
             return x[:, :, :most]
         order = torch.arange(most, device=x.device).expand(*held.shape, most)
         ring = (self.coded[..., None] + order) % self.lane.ring
+        if most <= int(held.min()):
+            return self.ring.gather(2, ring[..., None].expand(-1, -1, -1, self.channels))
         index = torch.where(order < held[..., None], ring, self.ring.shape[2] + order - held[..., None])
         both = torch.cat([self.ring, x], 2)
-        index = index.clamp_max(
-            both.shape[2] - 1
-        )  # past a short row's tokens: read anything, `count` says it is not there
+        index = index.clamp_max(both.shape[2] - 1)  # past a short row's tokens: anything, `count` leaves it out
         return both.gather(2, index[..., None].expand(-1, -1, -1, self.channels))
 
     def _write(self, x: Tensor, count: Tensor) -> None:
