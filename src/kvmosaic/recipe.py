@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 
 from kvmosaic.errors import RecipeConflict
+from kvmosaic.prefill import Prefill
 from kvmosaic.selection import Selection
 from kvmosaic.stores import Tier
 
@@ -20,6 +21,7 @@ class Recipe:
 
     selection: which tokens are kept, and in which tier; None = all, in the first.
     tiers: how tokens are kept, best tier first; None = exactly.
+    prefill: how the attention of the first prompt is computed; None = exactly.
     visual: how the tokens of pictures and video frames are kept, if otherwise than the rest.
     visual_by_picture: each unbroken run of visual tokens gets ranges of its own, where `visual` shares them over a run.
     fingerprint: of the one model that the recipe was calibrated for; None = any model.
@@ -28,6 +30,7 @@ class Recipe:
 
     selection: Selection | None = None
     tiers: tuple[Tier, ...] | None = None
+    prefill: Prefill | None = None
     visual: Tier | None = None
     visual_by_picture: bool | None = None
     fingerprint: str | None = None

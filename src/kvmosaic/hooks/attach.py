@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from kvmosaic.errors import UnsupportedModel
+from kvmosaic.errors import CacheMismatch, UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.attention import NAME
 from kvmosaic.hooks.cache import Cache
@@ -36,8 +36,10 @@ def prepare(model: PreTrainedModel) -> None:
                 f"Supported: {models.SUPPORTED}"
             )
     if not hasattr(model, _HOOKED):
-        begin = _Begin(model.config)
-        hooks = [module.register_forward_pre_hook(begin, with_kwargs=True) for module in _entries(model)]
+        begin, hooks = _Begin(model.config), []
+        for module in _entries(model):
+            hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            hooks.append(module.register_forward_hook(_end, with_kwargs=True, always_call=True))
         setattr(model, _HOOKED, hooks)
 
 
@@ -114,6 +116,17 @@ class _Begin:
         entering = embeds if ids is None else ids
         if not isinstance(cache, Cache) or entering is None:
             return
+        if kwargs.get("output_attentions") and not cache.recipe.is_exact:
+            raise ValueError(
+                "output_attentions: over a compressed cache no weights of single tokens exist. Leave it out, or use the exact "
+                'cache with attn_implementation="eager"'
+            )
+        mask, seen = kwargs.get("attention_mask"), cache.get_seq_length()
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape[1] < seen + entering.shape[1]:
+            raise CacheMismatch(
+                f"attention_mask has {mask.shape[1]} columns, and there are {seen} tokens in the cache and {entering.shape[1]} new "
+                "ones. It must cover both: the later columns would be taken for padding"
+            )
         visual = None
         if cache.recipe.visual is not None:
             if ids is None:
@@ -124,3 +137,9 @@ class _Begin:
             shown = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
             visual = shown if bool(shown.any()) else None
         cache.begin(self.fingerprint, visual, tokens=entering.shape[1])
+
+
+def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, Cache):
+        cache.end()

@@ -56,43 +56,63 @@ class Cache(TransformersCache):  # type: ignore[misc]
             else:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
         super().__init__(layers=layers)
-        self._context = getattr(models.text_config(model.config), "max_position_embeddings", None)
-        self._thread: int | None = None
+        self._context = models.context(model.config)
+        self._running: dict[str, int] = {}  # during a forward pass: its thread, and how many hooked modules it is in
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if layer_idx >= len(self.layers):
             raise CacheMismatch(
                 f"this cache has {len(self.layers)} layers ({self.fingerprint}), and layer {layer_idx} came"
             )
+        if self.recipe.visual is not None and not self._running:
+            raise CacheMismatch(
+                "the text model was called by itself, and only the whole model is told which tokens are visual. Call that, "
+                "with input_ids"
+            )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def begin(self, fingerprint: str, visual: Tensor | None, tokens: int) -> None:
         """A forward pass over `tokens` new tokens starts; called by the hook on the model (`hooks/attach.py`).
 
-        visual [B, T] bool: which of them are visual; None = none.
+        visual [B, T] bool: which of them are visual; None = none. `end` follows, whatever is raised.
         """
+        thread = threading.get_ident()
+        if self._running.setdefault("thread", thread) != thread:
+            raise CacheInUse(
+                "another thread generates with this cache at this moment, and their tokens would be mixed up. Give each "
+                "thread its own (copy.deepcopy keeps a shared prefix)"
+            )
+        self._running["depth"] = self._running.get("depth", 0) + 1
         if fingerprint != self.fingerprint:
             raise CacheMismatch(f"this cache was made for {self.fingerprint}, and is used with {fingerprint}")
+        counts = {layer.seen: layer.index for layer in self.layers if isinstance(layer, CacheLayer)}
+        if len(counts) > 1:
+            told = " and ".join(f"layer {index} {seen}" for seen, index in counts.items())
+            raise CacheMismatch(
+                f"an earlier forward pass with this cache ended halfway: {told} tokens have been seen. Call cache.reset() and "
+                "start again, or go on from a copy made before"
+            )
         seen = self.get_seq_length()
-        if self._context is not None and seen + tokens > self._context:
+        # a single token past the context only warns, as in generate: what has been generated would be lost
+        if self._context is not None and tokens > 1 and seen + tokens > self._context:
             raise ValueError(
                 f"{seen + tokens} tokens are more than the model's context of {self._context}. Shorten the prompt, or load "
                 "the model with a larger max_position_embeddings (and a rotary scaling that suits it)"
             )
-        thread = threading.get_ident()
-        if seen and tokens == 1 and self._thread not in (None, thread):
-            raise CacheInUse(
-                "two threads generate with one cache at the same time, so its tokens are mixed up. Give each its own "
-                "(copy.deepcopy keeps a shared prefix), and reset this one"
-            )
-        self._thread = thread
         for layer in self.layers:
             if isinstance(layer, CacheLayer):
                 layer.visual = visual
 
+    def end(self) -> None:
+        """The forward pass that this thread began is over."""
+        if self._running.get("thread") == threading.get_ident():
+            self._running["depth"] -= 1
+            if self._running["depth"] <= 0:
+                self._running.clear()
+
     def reset(self) -> None:
         super().reset()
-        self._thread = None
+        self._running.clear()
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(name, kind, tensor) of everything that the cache holds."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from kvmosaic.codecs import Exact
-from kvmosaic.errors import CacheMismatch, CannotRollBack, NotFinite
+from kvmosaic.errors import CacheMismatch, CannotRollBack, NotFinite, UnsupportedModel
 from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_sinks
 from kvmosaic.hooks.pending import Pending
 from kvmosaic.kernels.attention import Partial, dense, dense_mass
@@ -73,6 +73,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.seen, self.stores, self.pending, self.is_initialized = 0, {}, None, False
+        self.record_past, self.capacity = False, None
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -100,7 +101,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._map(lambda tensor: tensor[indices.to(tensor.device)])
-        self.batch_size = next(self.tensors())[2].shape[0] if self.is_initialized else self.batch_size
+        if self.is_initialized:
+            self.batch_size = torch.arange(self.batch_size)[indices.cpu()].numel()
 
     def offload(self) -> None:
         raise CacheMismatch("a compressed cache does not offload its layers; make it without offloading=True")
@@ -120,8 +122,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """query [B, Hq, T, D] over everything stored and the step's own tokens; then the step's tokens are stored."""
         new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query))
         if self.seen == 0:
-            out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
             new = self._assigned(new, query, scale)
+            if self.recipe.prefill is not None and new.tier is not None:
+                if softcap is not None or sinks is not None:
+                    raise UnsupportedModel("a sparse prompt knows no caps on logits and no sinks; drop `prefill`")
+                out = self.recipe.prefill.attend(self._step(new, query, scale), new.tier)
+            else:
+                out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
         else:
             merged, new = self._over_all(new, query, mask, scale, softcap, sinks)
             out = to_output(merged, query)
@@ -186,22 +193,29 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         selection = self.recipe.selection
         if selection is None or (len(new) == 1 and self.seen):
             return new
-        valid = new.valid
-        if valid is None:
-            valid = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
-        step = Step(self.index, self.layers, query, new.keys, new.values, scale, valid)
+        step = self._step(new, query, scale)
         new = replace(new, tier=selection.assign(step))
         if not isinstance(selection, Evicting):
             return new
         self.capacity = selection.capacity(step)
         return replace(new, score=selection.score(step))
 
+    def _step(self, new: Pending, query: Tensor, scale: float) -> Step:
+        valid = new.valid
+        if valid is None:
+            valid = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
+        return Step(self.index, self.layers, query, new.keys, new.values, scale, valid)
+
     def _settle(self, new: Pending) -> None:
+        before, self.visual = self.pending, None
+        waiting, self.pending = new if before is None else before + new, None
+        try:
+            # nothing ends recording, so a plain generate on the same cache must still store what grows old
+            self._advance(waiting, hold=max(len(new), ROLLBACK) if self.record_past else 0)
+        except NotFinite:  # the step is refused: the layer is as it was
+            self.pending = before
+            raise
         self.seen += len(new)
-        self.visual = None
-        waiting, self.pending = new if self.pending is None else self.pending + new, None
-        # nothing ends recording, so a plain generate on the same cache must still store what grows old
-        self._advance(waiting, hold=max(len(new), ROLLBACK) if self.record_past else 0)
 
     def _advance(self, waiting: Pending, hold: int) -> None:
         """Store what is ready of the tokens that wait, all but the newest `hold` at most; the rest goes on waiting."""
@@ -212,9 +226,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             before = int(chosen[-1]) + 1 if len(chosen) else 0  # what waits before a prompt is chosen together with it
             ready = min(ready, max(before, len(waiting) // selection.gather * selection.gather))
         if ready:
-            self._store(waiting[:ready])
-            waiting = waiting[ready:]
-        self.pending = waiting if len(waiting) else None
+            self._store(waiting if ready == len(waiting) else waiting[:ready])
+        self.pending = waiting[ready:] if ready < len(waiting) else None
 
     def _store(self, tokens: Pending) -> None:
         """Put each token into its tier's store: visual tokens into theirs; padding and dropped tokens into none."""

@@ -58,6 +58,20 @@ def check(config: Any) -> None:
         )
 
 
+def context(config: Any) -> int | None:
+    """Most tokens that the text model's positions are made for, its rotary scaling counted; None = not told."""
+    text = text_config(config)
+    most: int | None = getattr(text, "max_position_embeddings", None)
+    if most is None:
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    scaled = [most]
+    for each in (rope, *rope.values()):  # one for all layers, or one for each type of layer
+        if isinstance(each, dict) and each.get("factor"):
+            scaled.append(int(each["factor"] * (each.get("original_max_position_embeddings") or most)))
+    return max(scaled)
+
+
 def visual_ids(config: Any) -> tuple[int, ...]:
     """The token ids that stand for visual tokens; empty for a text model.
 

@@ -61,7 +61,13 @@ def parse(text: str) -> Recipe:
             raise ValueError(f"a method is missing in {text!r}. Write for example 'calibquant bits=1 | kivi bits=2'")
         method = get(words[0])
         options = dict(_option(words[0], method, word) for word in words[1:])
-        recipe = method(**options) if recipe is None else recipe | method(**options)
+        try:
+            made = method(**options)
+        except TypeError as error:  # a word where a number belongs
+            raise ValueError(
+                f"{part.strip()!r}: {error}. Options and their kinds: kvmosaic methods {words[0]}"
+            ) from error
+        recipe = made if recipe is None else recipe | made
     assert recipe is not None, "splitting gives at least one part"
     return recipe
 

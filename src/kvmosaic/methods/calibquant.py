@@ -48,9 +48,9 @@ def calibquant(
     calibration: a file of `kvmosaic calibrate --method calibquant` with clips and offsets per layer, in place of
         key_clip, value_clip, low and high.
     """
-    key_bits, value_bits = key_bits or bits, value_bits or bits
+    key_bits, value_bits = (bits if each is None else each for each in (key_bits, value_bits))
     if calibrated is None:
-        calibrated = key_bits <= 2
+        calibrated = key_bits in (1, 2)
 
     def tier(key_clip: float | None, value_clip: float | None, affine: Affine | None) -> Coded:
         if key_clip is None:

@@ -24,11 +24,12 @@ def kivi(
         raise ValueError(
             f"residual must be a positive multiple of group (keys leave the window in whole groups), got {residual} and {group}"
         )
+    key_bits, value_bits = (bits if each is None else each for each in (key_bits, value_bits))
     return Recipe(
         tiers=(
             Coded(
-                keys=Lane(Uniform(bits=key_bits or bits, axis="channel", group=group), window=0, flush=residual),
-                values=Lane(Uniform(bits=value_bits or bits, axis="token", group=group), window=residual, flush=1),
+                keys=Lane(Uniform(bits=key_bits, axis="channel", group=group), window=0, flush=residual),
+                values=Lane(Uniform(bits=value_bits, axis="token", group=group), window=residual, flush=1),
             ),
         )
     )

@@ -18,6 +18,7 @@ def turboquant(
 
     window: how many of the newest tokens stay exact (the paper: none). seed: of the rotation.
     """
-    keys = Rotated(Sphere(bits=key_bits or bits, scale="unbiased"), seed)
-    values = Rotated(Sphere(bits=value_bits or bits, scale="least"), seed)
+    key_bits, value_bits = (bits if each is None else each for each in (key_bits, value_bits))
+    keys = Rotated(Sphere(bits=key_bits, scale="unbiased"), seed)
+    values = Rotated(Sphere(bits=value_bits, scale="least"), seed)
     return Recipe(tiers=(Coded(Lane(keys, window), Lane(values, window)),))

@@ -14,6 +14,11 @@ from kvmosaic.selection import Saliency
 from kvmosaic.stores import Coded, Lane
 
 
+def tier(bits: int) -> Coded:
+    """Keys with ranges by channel, values with ranges by token after their channels are evened out."""
+    return Coded(Lane(Uniform(bits=bits, axis="channel")), Lane(Uniform(bits=bits, axis="token", equalize=True)))
+
+
 def zipcache(
     salient: float = 0.6,
     *,
@@ -29,10 +34,5 @@ def zipcache(
     probes: share of the queries that score. gather: how many generated tokens wait, exact, before they are chosen among.
     released: the released code's divisor. seed: of the random probes.
     """
-
-    def tier(bits: int) -> Coded:
-        keys, values = Uniform(bits=bits, axis="channel"), Uniform(bits=bits, axis="token", equalize=True)
-        return Coded(Lane(keys), Lane(values))
-
-    selection = Saliency(share=salient, probes=probes, gather=gather, released=released, seed=seed)
+    selection = Saliency(share=salient, probes=(probes / 2, probes / 2), gather=gather, released=released, seed=seed)
     return Recipe(selection=selection, tiers=(tier(bits), tier(low_bits)))

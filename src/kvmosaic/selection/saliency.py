@@ -6,32 +6,43 @@ import torch
 from torch import Tensor
 
 from kvmosaic.kernels.scores import column_sums
-from kvmosaic.selection.base import Gathering, Step, places
+from kvmosaic.selection.base import DROP, Gathering, Step, places
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency(Gathering):
-    """The `share` of tokens that a few probe queries find most salient go to tier 0, the others to tier 1.
+    """The tokens that a few probe queries find most salient go to tier 0, the others to tier 1.
 
-    probes: share of the queries that score: the newest and as many others at random (at least one newest).
+    share: the part of the tokens that is salient; or mass: as many are as receive this part of all attention, layer by
+        layer. One of the two.
+    by_head: each KV head chooses for itself; else all choose together, and the newest token is always salient.
+    drop: the others are not kept.
+    probes: the newest queries that score, and the others at random: two shares of the tokens, or two counts.
     gather: generated tokens wait, exact, until this many have come, and are chosen among by probes of the same share.
-    released: divide as the released code does, by the queries of the full matrix instead of by the probes that see the
+    released: divide as ZipCache's code does, by the queries of the full matrix instead of by the probes that see the
         token, which favours new tokens.
     seed: of the random probes, which depend on the length alone, so that a row is treated alike in every batch.
-    Source: ZipCache, arXiv:2405.14256, eq. 8 and Algorithms 2 and 3.
+    Sources: ZipCache, arXiv:2405.14256, eq. 8 and Algorithms 2 and 3; ZipVL, arXiv:2410.08584, eq. 6 to 9 (mass).
     """
 
-    share: float
-    probes: float = 0.1
+    share: float | None = None
+    mass: float | None = None
+    by_head: bool = True
+    drop: bool = False
+    probes: tuple[float, float] | tuple[int, int] = (0.05, 0.05)
     gather: int = 100
     released: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
+        if (self.share is None) == (self.mass is None):
+            raise ValueError(f"give the salient part as share= or as mass=, got {self.share} and {self.mass}")
+        if self.share is not None and not 0 <= self.share <= 1:
             raise ValueError(f"share is the part of the tokens that is salient, between 0 and 1, got {self.share}")
-        if not 0 < self.probes <= 1:
-            raise ValueError(f"probes is the part of the queries that scores, above 0 and at most 1, got {self.probes}")
+        if self.mass is not None and not 0 < self.mass <= 1:
+            raise ValueError(f"mass is the part of the attention that is kept, above 0 and at most 1, got {self.mass}")
+        if min(self.probes) < 0 or sum(self.probes) <= 0:
+            raise ValueError(f"probes are queries that score, some at least, got {self.probes[0]} and {self.probes[1]}")
         if self.gather < 1:
             raise ValueError(f"gather is how many generated tokens wait, at least 1, got {self.gather}")
 
@@ -41,35 +52,51 @@ class Saliency(Gathering):
         return self._tiers(sums, step.valid if self.released else asking, step.valid)
 
     def asks(self, seen: int, waiting: int) -> bool:
-        newest = max(1, round(self.gather * self.probes / 2))
+        newest, others = self._counts(self.gather)
         if self.gather - waiting <= newest:
             return True
-        rest = (self.probes * self.gather - newest) / (self.gather - newest)
-        return torch.rand((), generator=torch.Generator().manual_seed(self.seed + seen)).item() < rest
+        draw = torch.rand((), generator=torch.Generator().manual_seed(self.seed + seen)).item()
+        return draw < others / (self.gather - newest)
 
     def assign_waiting(self, score: Tensor, asked: Tensor) -> Tensor:
         return self._tiers(score, asked, torch.ones_like(asked))
 
     def expected(self, tokens: int, layer: int, layers: int) -> tuple[int, ...]:
-        salient = round(self.share * tokens)
-        return salient, tokens - salient
+        """With `mass` the prompt decides: all tokens are counted as salient, which no prompt exceeds."""
+        salient = tokens if self.share is None else round(self.share * tokens)
+        return (salient,) if self.drop else (salient, tokens - salient)
 
     def _tiers(self, sums: Tensor, asking: Tensor, valid: Tensor) -> Tensor:
+        heads = sums.shape[1]
+        if not self.by_head:
+            sums = sums.mean(1, keepdim=True)
         seen_by = asking.flip(1).cumsum(1).flip(1)
         # a token that no probe could see has no score: it ranks last
         score = torch.where(seen_by[:, None] > 0, sums / seen_by[:, None].clamp_min(1), -1.0)
+        if not self.by_head:
+            score[..., -1] = torch.inf  # rows are padded on the left: the token that the next one follows from
         score = score.masked_fill(~valid[:, None], -torch.inf)
-        salient = (valid.sum(1) * self.share).round().to(torch.int64)[:, None, None]
-        return (places(score) >= salient).to(torch.int8)
+        if self.mass is None:
+            assert self.share is not None, "one of the two is set"
+            salient = (valid.sum(1) * self.share).round().to(torch.int64)[:, None, None]
+        else:  # the count comes from the plain sums, the choice from the normalized ones
+            ordered = sums.sort(dim=-1, descending=True).values.cumsum(-1)
+            salient = (ordered < self.mass * ordered[..., -1:]).sum(-1, keepdim=True) + 1
+        others = DROP if self.drop else 1
+        return torch.where(places(score) < salient, 0, others).to(torch.int8).expand(-1, heads, -1)
+
+    def _counts(self, present: int) -> tuple[int, int]:
+        """Probes among `present` tokens: the newest (one at least), and others."""
+        newest, others = (part if isinstance(part, int) else round(present * part) for part in self.probes)
+        newest = min(present, max(1, newest))
+        return newest, min(others, present - newest)
 
     def _probes(self, valid: Tensor) -> Tensor:
         """[B, T] bool: the newest and some others of each row's tokens."""
         asking = torch.zeros_like(valid)
         for row, present in zip(asking, valid.sum(1).tolist(), strict=True):
-            newest = min(present, max(1, round(present * self.probes / 2)))
-            others = min(present - newest, round(present * self.probes) - newest)
+            newest, others = self._counts(present)
             draw = torch.Generator().manual_seed(self.seed + present)
-            chosen = torch.randperm(present - newest, generator=draw)[: max(0, others)]
-            row[-newest:] = True  # rows are padded on the left
-            row[len(row) - present + chosen] = True
+            row[len(row) - present + torch.randperm(present - newest, generator=draw)[:others]] = True
+            row[len(row) - newest :] = True
         return asking & valid
