@@ -29,6 +29,10 @@ class BadCalibration(ValueError):
     """A calibration file that is damaged, or made for another model or method."""
 
 
+class NeedsCalibration(ValueError):
+    """A method that learns from data, used without what it learned."""
+
+
 class BadCheckpoint(ValueError):
     """A checkpoint that is missing, incomplete or damaged."""
 

@@ -110,16 +110,15 @@ def test_heads_that_compete_keep_their_floor_and_the_sum():
 
 
 def test_a_pyramid_spends_what_equal_budgets_spend():
-    shares = [Pyramid(beta=20).scale(layer, 8) for layer in range(8)]
-    assert sum(shares) == pytest.approx(8) and shares[-1] == pytest.approx(1 / 20)
+    shares = [Pyramid(beta=20).share(0.1, layer, 8) for layer in range(8)]
+    assert sum(shares) == pytest.approx(0.8) and shares[-1] == pytest.approx(0.1 / 20)
     assert shares == sorted(shares, reverse=True)
-    assert Pyramid(beta=1).scale(3, 8) == Pyramid().scale(0, 1) == 1
+    assert Pyramid(beta=1).share(0.3, 3, 8) == Pyramid().share(0.3, 0, 1) == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("snapkv", "keep= .* or as tokens="),
         ("snapkv keep=0.5 tokens=9", "keep= .* or as tokens="),
         ("snapkv keep=0", "above 0 and at most 1, got 0"),
         ("snapkv keep=1.5", "above 0 and at most 1, got 1.5"),

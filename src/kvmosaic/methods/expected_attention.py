@@ -16,12 +16,12 @@ def expected_attention(
     queries: int = 512,
     head_floor: float | None = None,
 ) -> Recipe:
-    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. One of the two.
+    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. 0.25 if neither is given.
 
     sinks: first tokens that always stay. queries: how many of the last ones stand for those to come. head_floor: heads
     compete for tokens, each keeping this share of the mean at least (AdaKV). Generated tokens all stay.
     """
     selection = TopTokens(
-        scorer=ExpectedAttention(queries), budget=Budget(keep, tokens), sinks=sinks, head_floor=head_floor
+        scorer=ExpectedAttention(queries), budget=Budget.of(keep, tokens), sinks=sinks, head_floor=head_floor
     )
     return Recipe(selection=selection)

@@ -11,7 +11,7 @@ from kvmosaic.recipe import Recipe
 from kvmosaic.selection import AttentionSums, Budget, HeavyHitters
 
 
-def h2o(keep: float | None = 0.2, *, tokens: int | None = None, recent: int = 32) -> Recipe:
+def h2o(keep: float = 0.2, *, tokens: int | None = None, recent: int = 32) -> Recipe:
     """keep: share of the first prompt's tokens that each KV head may hold from then on; or tokens: how many.
 
     recent: how many of the newest always stay, within that (the paper: half of the budget).

@@ -12,9 +12,9 @@ from kvmosaic.selection import AttentionSums, Budget, TopTokens
 def h2o_prefill(
     keep: float | None = None, *, tokens: int | None = None, recent: int = 32, normalize: bool = False
 ) -> Recipe:
-    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. One of the two.
+    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. 0.25 if neither is given.
 
     recent: how many of the newest always stay, within that. normalize: divide a token's attention by the number of
     queries that could see it (early tokens lose their advantage).
     """
-    return Recipe(selection=TopTokens(scorer=AttentionSums(normalize), budget=Budget(keep, tokens), recent=recent))
+    return Recipe(selection=TopTokens(scorer=AttentionSums(normalize), budget=Budget.of(keep, tokens), recent=recent))

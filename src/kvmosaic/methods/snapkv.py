@@ -19,7 +19,7 @@ def snapkv(
     pyramid: bool = False,
     head_floor: float | None = None,
 ) -> Recipe:
-    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. One of the two.
+    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. 0.25 if neither is given.
 
     window: how many of the last queries score the others, and themselves stay. kernel, pooling: of the scores over
         neighbouring tokens.
@@ -29,9 +29,9 @@ def snapkv(
     return Recipe(
         selection=TopTokens(
             scorer=WindowAttention(window, kernel, pooling),
-            budget=Budget(keep, tokens),
+            budget=Budget.of(keep, tokens),
             recent=window,
-            pyramid=Pyramid() if pyramid else None,
+            layers=Pyramid() if pyramid else None,
             head_floor=head_floor,
         )
     )

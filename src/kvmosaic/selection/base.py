@@ -85,6 +85,9 @@ def places(score: Tensor) -> Tensor:
     )
 
 
+DEFAULT_KEEP = 0.25
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many tokens of a prompt stay in each KV head: a share of them (`keep`) or a count (`tokens`), one of the two.
@@ -104,6 +107,11 @@ class Budget:
             raise ValueError(f"keep is the share of tokens that stays, above 0 and at most 1, got {self.keep}")
         if self.tokens is not None and self.tokens < 1:
             raise ValueError(f"tokens is how many stay in each head, at least 1, got {self.tokens}")
+
+    @staticmethod
+    def of(keep: float | None, tokens: int | None) -> "Budget":
+        """As a method's options give it: a quarter of the tokens if neither is given."""
+        return Budget(DEFAULT_KEEP if keep is None and tokens is None else keep, tokens)
 
     def count(self, present: Tensor) -> Tensor:
         """present [...] int64, tokens of a prompt -> how many stay, never more than there are, never fewer than one."""

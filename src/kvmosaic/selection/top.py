@@ -6,35 +6,15 @@ import torch
 from torch import Tensor
 
 from kvmosaic.selection.base import DROP, Budget, Evicting, Selection, Step, places
+from kvmosaic.selection.layers import LayerBudgets
 from kvmosaic.selection.scores import Recency, Scorer
-
-
-@dataclass(frozen=True)
-class Pyramid:
-    """Layer budgets that fall in even steps, from the lowest layer's to budget/beta (PyramidKV, arXiv:2406.02069).
-
-    Their sum is that of equal budgets, up to rounding; the published rule overshoots by up to 5 % on small ones.
-    """
-
-    beta: float = 20.0
-
-    def __post_init__(self) -> None:
-        if self.beta < 1:
-            raise ValueError(f"beta is the mean budget over the top layer's, at least 1, got {self.beta}")
-
-    def scale(self, layer: int, layers: int) -> float:
-        """What this layer's budget is multiplied by; 1 on average."""
-        if layers == 1:
-            return 1.0
-        least = 1 / self.beta
-        return (2 - least) - (2 - 2 * least) * layer / (layers - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopTokens(Selection):
     """The first `sinks` tokens, the newest `recent` ones, and the best by `scorer` up to the budget; the rest is dropped.
 
-    pyramid: budgets by layer. Where a layer's budget exceeds the prompt, the excess is not given to other layers.
+    layers: how the budget is shared out between layers; None = alike.
     head_floor: None = every head keeps as many; a share = heads get that share of the mean alike, and compete for the
         rest by score (AdaKV, arXiv:2407.11550; its alpha).
     What must stay (`sinks`, `recent`) stays even if the budget is smaller.
@@ -44,7 +24,7 @@ class TopTokens(Selection):
     budget: Budget
     sinks: int = 0
     recent: int = 0
-    pyramid: Pyramid | None = None
+    layers: LayerBudgets | None = None
     head_floor: float | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +46,7 @@ class TopTokens(Selection):
         score = score.masked_fill(~step.valid[:, None], -torch.inf)
         must = (protected & step.valid).sum(1)
         count = torch.minimum(
-            torch.maximum(self._scaled(self.budget.count(present), step.layer, step.layers), must), present
+            torch.maximum(self._shared(self.budget.count(present), present, step.layer, step.layers), must), present
         )  # [B]
         keep = count[:, None].expand(-1, step.keys.shape[1])
         if self.head_floor is not None:
@@ -74,13 +54,17 @@ class TopTokens(Selection):
         return torch.where(places(score) < keep[..., None], 0, DROP).to(torch.int8)
 
     def expected(self, tokens: int, layer: int, layers: int) -> tuple[int, ...]:
-        count = self._scaled(self.budget.count(torch.tensor(tokens)), layer, layers)
+        present = torch.tensor([tokens])
+        count = self._shared(self.budget.count(present), present, layer, layers)
         return (min(tokens, max(int(count), self.sinks + self.recent)),)
 
-    def _scaled(self, count: Tensor, layer: int, layers: int) -> Tensor:
-        if self.pyramid is None:
+    def _shared(self, count: Tensor, present: Tensor, layer: int, layers: int) -> Tensor:
+        """[B] tokens that one layer keeps, of `count` in the mean and `present` in all."""
+        if self.layers is None:
             return count
-        return (count * self.pyramid.scale(layer, layers)).round().to(torch.int64)
+        keep = (count / present.clamp_min(1)).tolist()
+        share = [self.layers.share(each, layer, layers) for each in keep]
+        return (present * torch.tensor(share, device=present.device)).round().to(torch.int64)
 
     def _by_head(self, score: Tensor, count: Tensor, must: Tensor) -> Tensor:
         """[B, H]: how many each head keeps, H * count in all: its floor, and what it wins against the others."""
@@ -107,7 +91,7 @@ class HeavyHitters(TopTokens, Evicting):
     def capacity(self, step: Step) -> Tensor:
         present = step.valid.sum(1)
         wanted = torch.full_like(present, self.budget.tokens) if self.budget.tokens else self.budget.count(present)
-        return self._scaled(wanted, step.layer, step.layers).clamp_min(self.sinks + self.recent)
+        return self._shared(wanted, present, step.layer, step.layers).clamp_min(self.sinks + self.recent)
 
     def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
         newest = position.masked_fill(~present, -1).amax(2, keepdim=True)

@@ -1,0 +1,189 @@
+"""What a cache will hold, in bytes, from a model's config alone: no weights, no tensors.
+
+The arithmetic is that of the stores (`stores/lane.py`) after one prefill: whole blocks, exact windows, scales and
+lengths counted. Tokens that are generated afterwards make buffers grow by a sixteenth at a time, so a long-running cache
+holds at most that much more.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+from kvmosaic import bundled
+from kvmosaic.errors import UnsupportedModel
+from kvmosaic.hooks import models
+from kvmosaic.hooks.layer import EXACT
+from kvmosaic.kernels.layout import BLOCK, bytes_per_block
+from kvmosaic.loading import read_config
+from kvmosaic.recipe import Recipe
+from kvmosaic.selection import Evicting
+from kvmosaic.stores import Lane, Tier
+
+CONFIGS = resources.files(__package__) / "configs"
+FLAG = 8
+"""Bytes of a length or of the first slot of a run: int64."""
+
+
+def names() -> list[str]:
+    """The models whose configs come with the package."""
+    return sorted([file.name.removesuffix(".json") for file in CONFIGS.iterdir()] + list(bundled.NAMES))
+
+
+def load_config(name: str) -> Any:
+    """The config of a shipped model, a config.json, a folder, or a name on the hub.
+
+    Raises BadCheckpoint if there is none.
+    """
+    if name in bundled.NAMES:
+        return read_config(str(bundled.path(name)), names())
+    return read_config(str(CONFIGS / f"{name}.json") if name in names() else name, names())
+
+
+def count_parameters(config: Any) -> int:
+    """Of the whole model, vision tower included: it is built without memory."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    auto = AutoModelForImageTextToText if models.visual_ids(config) else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's cache. itemsize: bytes of an exact number. kinds: (layer type, sliding window or 0) of each layer."""
+
+    heads: int
+    channels: int
+    itemsize: int
+    context: int | None
+    takes_pictures: bool
+    kinds: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(config: Any, itemsize: int = 2) -> Shape:
+        """Raises UnsupportedModel for a model whose cache is not keys and values of every token."""
+        text = models.text_config(config)
+        kinds = tuple((kind, options.get("sliding_window", 0)) for kind, options in models.layer_types(config))
+        others = {kind for kind, _ in kinds} - {"full_attention", "sliding_attention", "chunked_attention"}
+        if others:
+            raise UnsupportedModel(
+                f"plan counts keys and values, and this model has layers of {', '.join(sorted(others))}"
+            )
+        return Shape(
+            heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+            channels=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            itemsize=itemsize,
+            context=getattr(text, "max_position_embeddings", None),
+            takes_pictures=bool(models.visual_ids(config)),
+            kinds=kinds,
+        )
+
+
+def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pictures: int = 1) -> int:
+    """Of one sequence of `tokens` tokens, `visual` of them visual in `pictures` runs, right after its prefill.
+
+    A sliding layer is counted as it is a step later: until then it holds on to the whole prompt.
+    """
+    total = 0
+    for layer, (kind, window) in enumerate(shape.kinds):
+        if kind != "full_attention" or recipe.is_exact:
+            kept = tokens if kind == "full_attention" else min(tokens, window)
+            total += 2 * kept * shape.heads * shape.channels * shape.itemsize
+            continue
+        counts: tuple[int, ...] = (tokens,)
+        if recipe.selection is not None:
+            counts = recipe.selection.expected(tokens, layer, len(shape.kinds))
+        # visual tokens are taken to be kept as often as others, and to go to no tier but theirs
+        shown = visual if recipe.visual is not None else 0
+        shown = round(shown * sum(counts) / tokens)
+        if shown:
+            assert recipe.visual is not None, "just checked"
+            total += _store_bytes(shape, recipe.visual, layer, shown, pictures if recipe.visual_by_picture else 1)
+        for tier, count in zip(recipe.tiers or (EXACT,), counts, strict=True):
+            rest = round(count * (1 - shown / max(sum(counts), 1)))
+            if rest:
+                total += _store_bytes(shape, tier, layer, rest, 1)
+        if isinstance(recipe.selection, Evicting):  # a place and a score for each slot, two counts for each sequence
+            total += shape.heads * -(-counts[0] // 32) * 32 * (4 + 4) + 2 * FLAG
+    return total
+
+
+def _store_bytes(shape: Shape, tier: Tier, layer: int, tokens: int, runs: int) -> int:
+    lanes = tier.lanes(layer)
+    return shape.heads * (sum(_lane_bytes(shape, lane, tokens, runs) for lane in lanes) + FLAG)
+
+
+def _lane_bytes(shape: Shape, lane: Lane, tokens: int, runs: int) -> int:
+    """Of one head: as `LaneBytes` allocates."""
+    coded = max(0, tokens - lane.window) // lane.flush * lane.flush
+    parts = lane.codec.parts(shape.channels).values()
+    total = FLAG + (FLAG * runs if any(part.every is None for part in parts) and coded else 0)
+    for part in parts:
+        if part.every is None:
+            total += runs * part.width * part.bits // 8 if coded else 0
+        elif part.dtype is torch.uint8:
+            total += -(-coded // BLOCK) * bytes_per_block(part.width, part.bits)
+        else:
+            room = -(-coded // 32) * 32
+            total += -(-room // part.every) * part.width * (part.dtype.itemsize if part.dtype else shape.itemsize)
+    if lane.ring:
+        total += min(lane.ring, -(-min(lane.ring, tokens) // 32) * 32) * shape.channels * shape.itemsize
+    return total
+
+
+def row(
+    shape: Shape, recipe: Recipe, *, context: int, batch: int, visual: int, memory: int | None, weights: int
+) -> dict[str, Any]:
+    """One row of the table. The share of visual tokens stays that of `visual` in `context` for longer contexts.
+
+    Raises ValueError for counts that make no sense and for recipes that drop tokens, UnsupportedModel for a recipe that the model cannot use.
+    """
+    if min(context, batch) < 1 or not 0 <= visual <= context:
+        raise ValueError(
+            f"context and batch are at least 1, and visual tokens at most the context; got {context}, {batch}, {visual}"
+        )
+    if visual and not shape.takes_pictures:
+        raise UnsupportedModel(f"the model takes no pictures, so none of its tokens are visual; got {visual}")
+    if recipe.selection is not None:
+        raise ValueError(f"plan knows recipes that keep every token, and {recipe.name} drops some by their scores")
+    if recipe.visual is not None and not shape.takes_pictures:
+        raise UnsupportedModel(f"{recipe.name} sets how visual tokens are kept, and the model takes no pictures")
+
+    @functools.cache
+    def sequence(tokens: int) -> int:
+        return cache_bytes(shape, recipe, tokens, round(tokens * visual / context))
+
+    exact = cache_bytes(shape, Recipe(), context)
+    columns: dict[str, Any] = {
+        "method": recipe.name or "exact",
+        "exact_bytes_per_token": exact / context,
+        "bytes_per_token": sequence(context) / context,
+        "compression": exact / sequence(context),
+        "cache_bytes": batch * sequence(context),
+    }
+    if memory is not None:
+        room = memory - weights
+        columns["largest_batch"] = max(0, room // sequence(context))
+        columns["longest_context"] = _most(lambda tokens: batch * sequence(tokens) <= room)
+    return columns
+
+
+def _most(fits: Callable[[int], bool]) -> int:
+    """The greatest number of tokens that fits, 0 if none does. Whole blocks make the bytes a staircase, which rises."""
+    if not fits(1):
+        return 0
+    low = 1
+    while fits(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
