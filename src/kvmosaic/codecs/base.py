@@ -37,6 +37,11 @@ class Codec(Protocol):
     be used as they are. `encode` sees whole runs: `valid` [B, H, tokens] (None = all) marks the tokens of ragged rows.
     """
 
+    @property
+    def unit(self) -> int:
+        """`encode` takes tokens in multiples of this."""
+        return 1
+
     def parts(self, channels: int) -> Mapping[str, Part]: ...
 
     def encode(self, x: Tensor, valid: Tensor | None) -> Packed: ...

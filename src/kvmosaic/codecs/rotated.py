@@ -47,6 +47,10 @@ class Rotated(Codec):
     def unrotate(self, x: Tensor) -> Tensor:
         return x @ rotation(x.shape[-1], self.seed, x.device).mT
 
+    @property
+    def unit(self) -> int:
+        return self.codec.unit
+
     def parts(self, channels: int) -> Mapping[str, Part]:
         return self.codec.parts(channels)
 

@@ -51,6 +51,10 @@ class Uniform(Codec):
         if self.equalize and self.axis != "token":
             raise ValueError("equalize divides out the channels before per-token ranges: it needs axis='token'")
 
+    @property
+    def unit(self) -> int:
+        return self.group if self.axis == "channel" and self.group else 1
+
     def parts(self, channels: int) -> Mapping[str, Part]:
         parts = {"codes": Part(every=1, width=channels, dtype=torch.uint8, bits=self.bits, kind="codes")}
         if self.axis == "channel":
@@ -70,6 +74,7 @@ class Uniform(Codec):
         packed = {}
         if self.equalize:
             seen = x if valid is None else x.masked_fill(~valid[..., None], 0)
+            seen = torch.nn.functional.pad(seen, (0, 0, 0, 1))  # a maximum over no tokens is 0
             channel = seen.abs().amax(2, keepdim=True).sqrt()
             packed["channel"] = channel = torch.where(channel > 0, channel, 1.0).to(torch.float16)
             x = x / channel.float()
@@ -78,9 +83,10 @@ class Uniform(Codec):
         if valid is not None and self.axis == "channel":
             out = ~self._grouped(valid[..., None])[0]
             ends = [grouped.masked_fill(out, torch.inf), grouped.masked_fill(out, -torch.inf)]
-        low, high = self._clip(ends[0].amin(dim, keepdim=True), ends[1].amax(dim, keepdim=True))
+        low, high = ends[0].amin(dim, keepdim=True), ends[1].amax(dim, keepdim=True)
         if valid is not None and self.axis == "channel":  # a row without tokens has no range
             low, high = low.masked_fill(low == torch.inf, 0), high.masked_fill(high == -torch.inf, 0)
+        low, high = self._clip(low, high)
         # codes are fitted to the parameters as stored, so their rounding is not an error on top
         low = low.to(torch.float16)
         scale = ((high - low.float()) / (2**self.bits - 1)).clamp_min(0).to(torch.float16)
@@ -125,10 +131,10 @@ class Uniform(Codec):
         """x with the numbers that share a range along a dimension of their own, and which one it is."""
         if self.axis == "channel":
             tokens = x.shape[2]
-            group = self.group or tokens
-            if group and tokens % group:
+            group = self.group or max(tokens, 1)
+            if tokens % group:
                 raise ValueError(f"group must divide the number of tokens {tokens}, got {group}")
-            return x.unflatten(2, (tokens // group if group else 0, group)), 3
+            return x.unflatten(2, (tokens // group, group)), 3
         return x.unflatten(3, (-1, self.group or x.shape[3])), 4
 
     def _clip(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
