@@ -65,5 +65,5 @@ class Report:
 def size(nbytes: float) -> str:
     """1536 -> '1.5 KiB'."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(max(int(nbytes), 1).bit_length() // 10, len(units) - 1)
+    power = min((max(int(nbytes), 1).bit_length() - 1) // 10, len(units) - 1)
     return f"{nbytes / 1024**power:.{1 if power else 0}f} {units[power]}"

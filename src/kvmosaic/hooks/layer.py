@@ -80,7 +80,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest -tokens_to_remove tokens (a number at most 0), then store what was waiting."""
-        remove = -tokens_to_remove
+        remove = -int(tokens_to_remove)  # transformers 5.17 counts in a tensor
         waiting = 0 if self.pending is None else len(self.pending)
         if remove < 0 or remove > waiting:
             raise CannotRollBack(

@@ -32,6 +32,8 @@ def text_config(config: Any) -> Any:
 def layer_types(config: Any) -> list[tuple[str, dict[str, Any]]]:
     """(type, arguments of the stock cache layer) of each layer of the text model."""
     types, arguments = get_layer_types_and_kwargs(text_config(config))
+    if isinstance(arguments, dict):  # transformers 5.17: one for all layers
+        arguments = [arguments] * len(types)
     return list(zip(types, arguments, strict=True))
 
 

@@ -4,9 +4,9 @@ A byte holds 8/bits codes, one per *plane*: plane p is `(byte >> bits * p) & (2*
 vector of packed bytes gives a vector of operands, so a layout only has to say which codes share a vector. Two layouts,
 each one permutation for keys and one for values; everything else in the package sees [tokens, channels].
 
-"dots": the CPU's dot products of four unsigned by four signed bytes (`vpdpbusd`, `udot`).
-    keys    [token group of 16][vector][token 16][channel 4]   plane p of vector v = channels 4 * (v * planes + p) ...
-    values  [vector][channel D][token 4]                       plane p of vector v = tokens 4 * (v * planes + p) ...
+"dots": the CPU's dot products of four unsigned by four signed bytes (`vpdpbusd`, `sdot`). One form for both sides:
+    keys    [vector][token 128][channel 4]   plane p of vector v = channels 4 * (v * planes + p) ...
+    values  [vector][channel D][token 4]     plane p of vector v = tokens 4 * (v * planes + p) ...
 "fragments": the A operands of the GPU's m16n8k32 product; a lane's 16 consecutive bytes are its fragment.
     keys    rows are tokens, columns channels; plane p = one of the block's token groups of 16
     values  rows are channels, columns tokens; plane p = channel group of 16 (then token chunks of 32)
@@ -45,7 +45,7 @@ def _order(layout: Layout, role: Role, channels: int, bits: int) -> Tensor:
     planes = 8 // bits
     index = torch.arange(BLOCK * channels).view(BLOCK, channels)
     if layout == "dots" and role == "keys":
-        tiles = index.view(8, 16, channels // 4 // planes, planes, 4).permute(0, 2, 1, 4, 3)
+        tiles = index.view(BLOCK, channels // 4 // planes, planes, 4).permute(1, 0, 3, 2)
     elif layout == "dots":
         tiles = index.view(BLOCK // 4 // planes, planes, 4, channels).permute(0, 3, 2, 1)
     else:

@@ -1,7 +1,35 @@
 """Attention of a step's queries over one coded store, and over the step's own exact tokens."""
 
-from kvmosaic.kernels.attention.dense import dense
-from kvmosaic.kernels.attention.partial import Partial, merge
-from kvmosaic.kernels.attention.reference import Affine, attend
+from __future__ import annotations
 
-__all__ = ["Affine", "Partial", "attend", "dense", "merge"]
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kvmosaic.kernels.attention import cpu, reference
+from kvmosaic.kernels.attention.dense import dense, dense_mass
+from kvmosaic.kernels.attention.partial import Partial, merge
+from kvmosaic.kernels.attention.reference import Affine, mass
+
+if TYPE_CHECKING:
+    from kvmosaic.stores.lane import LaneBytes
+
+__all__ = ["Affine", "Partial", "attend", "dense", "dense_mass", "mass", "merge"]
+
+
+def attend(
+    keys: LaneBytes,
+    values: LaneBytes,
+    length: Tensor,
+    query: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    affine: Affine | None = None,
+    fresh: tuple[Tensor, Tensor] | None = None,
+) -> Partial:
+    """As `reference.attend`, by the fastest kernel that serves these lanes on their device."""
+    if query.device.type == "cpu":
+        part = cpu.attend(keys, values, length, query, scale, softcap, affine, fresh)
+        if part is not None:
+            return part
+    return reference.attend(keys, values, length, query, scale, softcap, affine, fresh)

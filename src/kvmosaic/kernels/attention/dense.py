@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvmosaic.kernels.attention.partial import Partial
+from kvmosaic.kernels.attention.partial import Partial, shares
 
 LOGITS_AT_ONCE = 2**24
 """Logits held at a time (64 MiB in float32); longer steps go through in blocks of queries."""
@@ -21,7 +21,7 @@ def dense(
     outs, lses = [], []
     for _, logits in _logits(query, keys, scale, mask, softcap):
         lse = torch.logsumexp(logits, -1)
-        outs.append((logits - lse[..., None]).exp().nan_to_num(0.0) @ values[:, :, None].float())
+        outs.append(shares(logits, lse[..., None]) @ values[:, :, None].float())
         lses.append(lse)
     return Partial(torch.cat(outs, 3).flatten(2, 3), torch.cat(lses, 3).flatten(2, 3))
 

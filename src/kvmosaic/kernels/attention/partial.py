@@ -14,13 +14,17 @@ class Partial(NamedTuple):
     lse: Tensor  # [B, H, M] float32, log-sum-exp of the logits
 
 
+def shares(logits: Tensor, lse: Tensor) -> Tensor:
+    """exp(logits - lse): 0 where there are no tokens at all (lse -inf), NaN where a logit was NaN."""
+    return (logits - lse.clamp_min(torch.finfo(torch.float32).min)).exp()
+
+
 def merge(partials: Sequence[Partial]) -> Partial:
     """Attention over all the tokens of several parts; exact, whatever the parts."""
     if len(partials) == 1:
         return partials[0]
     lse = torch.logsumexp(torch.stack([part.lse for part in partials]), 0)
-    # a row over no tokens at all: -inf - -inf is NaN, its weights are 0
-    weights = [(part.lse - lse).exp().nan_to_num(0.0)[..., None] for part in partials]
+    weights = [shares(part.lse, lse)[..., None] for part in partials]
     out = weights[0] * partials[0].out
     for weight, part in zip(weights[1:], partials[1:], strict=True):
         out = out + weight * part.out

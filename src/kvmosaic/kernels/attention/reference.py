@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvmosaic.kernels.attention.dense import dense
-from kvmosaic.kernels.attention.partial import Partial, merge
+from kvmosaic.kernels.attention.partial import Partial, merge, shares
 
 if TYPE_CHECKING:
     from kvmosaic.codecs import Packed
@@ -73,7 +73,7 @@ def _stored(
     slot = torch.arange(int(length.max()), device=query.device)
     logits = _valid_logits(keys, length, query, scale, softcap, affine, slot)
     lse = torch.logsumexp(logits, -1)
-    weights = (logits - lse[..., None]).exp().nan_to_num(0.0)  # rows without tokens
+    weights = shares(logits, lse[..., None])
     return Partial(_mix(values, weights, slot), lse)
 
 
@@ -100,7 +100,7 @@ def _valid_logits(
     logits = _logits(keys, query, slot) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    if affine is not None:
+    if affine is not None and len(slot):
         logits = affine.apply(logits, valid)
     return logits.masked_fill(~valid, -torch.inf)
 

@@ -1,0 +1,5 @@
+"""python -m kvmosaic"""
+
+from kvmosaic.cli import main
+
+main()

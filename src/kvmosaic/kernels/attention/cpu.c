@@ -1,0 +1,546 @@
+// Attention of a step's queries over one coded store, on a CPU. The specification is reference.py; the algebra:
+//
+//   a coded number is x[t, d] = scale * code[t, d] + low, its scale shared by tokens (axis CHANNEL) or by channels
+//   logits   q . x[t] = (q * scale) . code[t] + q . low         the scale moves to the query
+//   output   sum p x  = (sum (p * scale) code) + (sum p low)    or to the probabilities, or to the output
+//
+// so both products are of codes as they lie in memory (unsigned bytes) with a float vector that is known beforehand.
+// That vector is written as 15-bit integers in two signed bytes, high and low, and a vector instruction multiplies
+// bytes and sums four products at once. Sums of integers are exact; floats only meet between blocks of 128 tokens.
+//
+// Layout "dots" (layout.py) is one for both sides, [vector][lane][4 codes of the depth]: lanes are what a product
+// keeps (keys: tokens, values: channels), the depth is what it sums over. Hence one function, `multiply`, does both.
+//
+// This file is compiled once for each instruction set: native.c includes it under different names.
+
+#ifndef KVMOSAIC_ATTENTION
+#define KVMOSAIC_ATTENTION
+
+enum { ROWS = 16 };              // query rows that go over the codes together
+enum { MOST_GROUPS = MOST_CHANNELS / 16 }; // axis TOKEN: a channel group is 16 channels at least (cpu.py asks for it)
+enum { EDGE = 32 };              // a vector's depth and two vectors of lanes are at most this, and divide it
+enum { SLICE_MOST = 127 * 256 }; // greatest integer that splits into two signed bytes
+#define NEGLIGIBLE 1e-30f        // a vector below it counts as zero: its inverse would overflow
+
+// Some blocks of one unit. A unit is a KV head of a sequence and up to ROWS of its query rows.
+struct piece {
+    int64_t unit, first, last; // blocks [first, last)
+    int64_t part;              // its place in `partials`, -1: it is the whole unit
+};
+
+struct attention_run {
+    const struct attention *a;
+    struct piece *pieces;
+    int64_t count, next, tiles; // tiles: units of a head
+    float *partials;            // [parts][ROWS][2 + D]: top, mass, mixed
+    float (*ranges)[2][ROWS];   // Affine: least and greatest logit of each row, by piece; null = none
+    int ranging;                // the pass that finds them
+};
+
+// A float vector for each row as two slices of signed bytes: x is about worth * (256 * high + low).
+struct slices {
+    int8_t bytes[ROWS][2][MOST_CHANNELS];
+    float worth[MOST_GROUPS][ROWS];
+};
+
+// What one thread holds of one piece.
+struct work {
+    const struct attention *a;
+    int64_t head, rows, length, total; // length: tokens in the store, total: with the fresh ones
+    const float (*range)[ROWS];
+    float query[ROWS][MOST_CHANNELS]; // times the logits' scale; zero from `channels` on
+    float poison[ROWS];               // 0, or NaN where the row's query is not finite
+    struct slices query_slices;       // of the query times the scales of entry `sliced`, -1 = none yet
+    int64_t sliced;
+    float constant[MOST_GROUPS][ROWS]; // keys' part without codes: q . low (axis CHANNEL), sum q (TOKEN: times low[t])
+    float correction[MOST_GROUPS][ROWS]; // and what takes off the mean error of the slices, times scale[t]
+    float logits[ROWS][BLOCK];         // then probabilities
+    uint16_t token_scale[MOST_GROUPS * BLOCK], token_low[MOST_GROUPS * BLOCK]; // axis TOKEN: [channel group][token]
+    float top[ROWS], mass[ROWS];       // so far: greatest logit, sum of probabilities relative to it
+    float mixed[ROWS][MOST_CHANNELS];  // and of values weighted by them
+};
+
+static const float ONES[MOST_CHANNELS] = {[0 ... MOST_CHANNELS - 1] = 1};
+
+static int64_t entry_of(const struct lane *lane, int64_t head, int64_t slot, int64_t *end) {
+    if (lane->axis == CHANNEL && lane->group) {
+        *end = (slot / lane->group + 1) * lane->group;
+        return slot / lane->group;
+    }
+    const int64_t *starts = lane->starts + head * lane->runs;
+    int64_t run = 0;
+    while (run + 1 < lane->runs && starts[run + 1] <= slot) run++;
+    *end = run + 1 < lane->runs ? starts[run + 1] : INT64_MAX;
+    return run;
+}
+
+// Writes a row's result from what was summed.
+static void finish_row(const struct attention *a, int64_t row, float top, float mass, const float *mixed) {
+    for (int64_t d = 0; d < a->channels; d++) a->out[row * a->channels + d] = mass == 0 ? 0 : mixed[d] / mass;
+    a->lse[row] = mass == 0 ? -INFINITY : top + logf(mass);
+}
+
+static const void *at_number(const void *numbers, int number, int64_t index) {
+    return (const char *)numbers + index * (number == FLOAT32 ? 4 : 2);
+}
+
+// Tokens [slot, ...) that lie exact one after another: where, how far apart, how many of the `most` wanted.
+static struct exact exact_at(const struct lane *lane, const struct exact *fresh, const struct work *w, int64_t slot,
+                             int64_t *most) {
+    const int64_t channels = w->a->channels, heads = w->a->heads;
+    if (slot >= w->length)
+        return (struct exact){at_number(fresh->start, fresh->number,
+                                        w->head / heads * fresh->batch_stride + w->head % heads * fresh->head_stride +
+                                            (slot - w->length) * fresh->token_stride),
+                              0, 0, fresh->token_stride, fresh->number};
+    *most = least_of(*most, w->length - slot);
+    const int64_t coded = lane->coded[w->head];
+    if (slot < coded) { // codec Exact: the numbers themselves are behind
+        *most = least_of(*most, coded - slot);
+        return (struct exact){at_number(lane->numbers, lane->number, (w->head * lane->blocks + slot) * channels), 0, 0,
+                              channels, lane->number};
+    }
+    const int64_t index = slot % lane->ring_size;
+    *most = least_of(*most, lane->ring_size - index);
+    return (struct exact){at_number(lane->ring, lane->number, (w->head * lane->ring_room + index) * channels), 0, 0,
+                          channels, lane->number};
+}
+
+#endif
+
+// out[row][lane] += worth[row] * lane_scale[lane] * sum over the depth of code * slice, for two vectors of lanes.
+INLINE void NAME(tile)(const int rows, const int bits, const uint8_t *codes, int64_t stride, int64_t vectors,
+                       const int8_t *slices, const float *worth, const float *lane_scale, float *out,
+                       int64_t out_stride, int64_t ahead) {
+    const words mask = NAME(all_words)(((1u << bits) - 1) * 0x01010101u);
+    ints acc[4][2][2];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) acc[r][0][0] = acc[r][0][1] = acc[r][1][0] = acc[r][1][1] = (ints){0};
+    for (int64_t v = 0; v < vectors; v++) {
+        const words left = NAME(load_words)(codes), right = NAME(load_words)(codes + LANES * 4);
+        // the next block's codes are on their way while this one is multiplied
+        __builtin_prefetch(codes + ahead);
+        __builtin_prefetch(codes + ahead + LANES * 4);
+        codes += stride;
+#pragma GCC unroll 8
+        for (int plane = 0; plane < 8 / bits; plane++) {
+            const words l = left >> (bits * plane) & mask, r_ = right >> (bits * plane) & mask;
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 2
+                for (int s = 0; s < 2; s++) {
+                    uint32_t four;
+                    memcpy(&four, slices + (r * 2 + s) * MOST_CHANNELS + plane * 4, 4);
+                    const words b = NAME(all_words)(four);
+                    acc[r][s][0] = NAME(dot)(acc[r][s][0], l, b, bits);
+                    acc[r][s][1] = NAME(dot)(acc[r][s][1], r_, b, bits);
+                }
+            }
+        }
+        slices += 32 / bits;
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+#pragma GCC unroll 2
+        for (int u = 0; u < 2; u++) {
+            const floats high = __builtin_convertvector(acc[r][0][u], floats);
+            const floats low = __builtin_convertvector(acc[r][1][u], floats);
+            const floats sum = NAME(fma)(high, NAME(all)(256.0f), low);
+            float *o = out + r * out_stride + u * LANES;
+            NAME(store)(o, NAME(fma)(sum, worth[r] * NAME(load)(lane_scale + u * LANES), NAME(load)(o)));
+        }
+    }
+}
+
+#define TILE(b, r)                                                                                                     \
+    FN void NAME(tile_##b##_##r)(const uint8_t *codes, int64_t stride, int64_t vectors, const int8_t *slices,          \
+                                 const float *worth, const float *lane_scale, float *out, int64_t out_stride,          \
+                                 int64_t ahead) {                                                                      \
+        NAME(tile)(r, b, codes, stride, vectors, slices, worth, lane_scale, out, out_stride, ahead);                   \
+    }
+TILE(1, 1) TILE(1, 2) TILE(1, 3) TILE(1, 4) TILE(2, 1) TILE(2, 2) TILE(2, 3) TILE(2, 4)
+TILE(4, 1) TILE(4, 2) TILE(4, 3) TILE(4, 4) TILE(8, 1) TILE(8, 2) TILE(8, 3) TILE(8, 4)
+#undef TILE
+
+// The same over a block's lanes [lane, last_lane) and depth [depth, last_depth), in whole vectors around both: slices
+// are zero where the depth is not meant, lane_scale where the lane is not. `lanes` are the block's in memory.
+FN void NAME(multiply)(int bits, int64_t rows, const uint8_t *block, int64_t lanes, int64_t lane, int64_t last_lane,
+                       int64_t depth, int64_t last_depth, const struct slices *slices, const float *worth,
+                       const float *lane_scale, float *out, int64_t out_stride, int64_t ahead) {
+    typedef void tile_fn(const uint8_t *, int64_t, int64_t, const int8_t *, const float *, const float *, float *,
+                         int64_t, int64_t);
+    static tile_fn *const tiles[4][4] = {
+        {NAME(tile_1_1), NAME(tile_1_2), NAME(tile_1_3), NAME(tile_1_4)},
+        {NAME(tile_2_1), NAME(tile_2_2), NAME(tile_2_3), NAME(tile_2_4)},
+        {NAME(tile_4_1), NAME(tile_4_2), NAME(tile_4_3), NAME(tile_4_4)},
+        {NAME(tile_8_1), NAME(tile_8_2), NAME(tile_8_3), NAME(tile_8_4)},
+    };
+    tile_fn *const *tile = tiles[bits == 1 ? 0 : bits == 2 ? 1 : bits == 4 ? 2 : 3];
+    const int64_t per_vector = 32 / bits, first = depth / per_vector, vectors = ceil_div(last_depth, per_vector) - first;
+    for (int64_t at = lane & -(2 * LANES); at < last_lane; at += 2 * LANES)
+        for (int64_t row = 0; row < rows; row += 4)
+            tile[least_of(rows - row, 4) - 1](block + first * lanes * 4 + at * 4, lanes * 4, vectors,
+                                              slices->bytes[row][0] + first * per_vector, worth + row, lane_scale + at,
+                                              out + row * out_stride + at, out_stride, row ? 0 : ahead);
+}
+
+// What 1 is worth in slices of a vector whose greatest magnitude is `most`.
+INLINE float NAME(worth_of)(floats most) {
+    const float top = NAME(greatest)(most);
+    return top > NEGLIGIBLE ? top / SLICE_MOST : 0;
+}
+
+// Writes x[0 ... count), whole vectors, as integers of that worth in two slices. Gives the sum of the integers.
+INLINE floats NAME(split)(const float *x, int64_t count, float worth, int8_t *bytes) {
+    const floats inverse = NAME(all)(worth > 0 ? 1 / worth : 0);
+    floats sum = {0};
+    for (int64_t i = 0; i < count; i += LANES) {
+        const floats shifted = NAME(fma)(NAME(load)(x + i), inverse, NAME(all)(ROUNDER));
+        const words v = (words)shifted; // the integer is in the low 16 bits
+        NAME(store_bytes)(bytes + i, (v + 128) >> 8);
+        NAME(store_bytes)(bytes + MOST_CHANNELS + i, v);
+        sum += shifted - ROUNDER;
+    }
+    return sum;
+}
+
+// What rounding to the integers adds up to comes out of a product multiplied by the mean code: minus that.
+INLINE float NAME(correction)(floats integers, float worth, floats sum, int bits) {
+    return NAME(sum)(sum - integers * worth) * (float)((1 << bits) - 1) / 2;
+}
+
+INLINE floats NAME(magnitude)(floats x) { return (floats)((ints)x & INT32_MAX); }
+
+FN void NAME(load_halves)(const uint16_t *x, int64_t count, float *out) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) NAME(store)(out + i, NAME(of_halves)(NAME(load_shorts)(x + i)));
+    for (; i < count; i++) out[i] = float_of_half(x[i]);
+    for (; i < padded(count); i++) out[i] = 0;
+}
+
+// [token][group] to [group][BLOCK tokens]. With the counts of groups in use as constants the compiler shuffles.
+FN void NAME(by_group)(const uint16_t *restrict x, int64_t tokens, int64_t groups, uint16_t *restrict out) {
+#define TRANSPOSE(count)                                                                                               \
+    for (int64_t t = 0; t < tokens; t++)                                                                               \
+        for (int g = 0; g < (count); g++) out[g * BLOCK + t] = x[t * (count) + g];
+    if (groups == 1) memcpy(out, x, tokens * sizeof *x);
+    else if (groups == 2) TRANSPOSE(2)
+    else if (groups == 4) TRANSPOSE(4)
+    else TRANSPOSE(groups)
+#undef TRANSPOSE
+}
+
+// Sets `to` to `from` on [first, last) and to zero around it, up to whole edges.
+INLINE void NAME(window)(float *to, const float *from, int64_t first, int64_t last) {
+    ints lane;
+    for (int i = 0; i < LANES; i++) lane[i] = i;
+    for (int64_t i = first & -EDGE; i < last || i % EDGE; i += LANES) {
+        const ints inside = (lane >= (int32_t)(first - i)) & (lane < (int32_t)(last - i));
+        NAME(store)(to + i, (floats)((ints)NAME(load)(from + i) & inside));
+    }
+}
+
+// The query in slices, times the scales of a group of tokens or a run (axis CHANNEL), or of a run's channels.
+FN void NAME(slice_query)(struct work *w, const struct lane *lane, int64_t entry) {
+    const int64_t channels = w->a->channels, width = padded(channels);
+    const int64_t group = lane->axis == CHANNEL || lane->group == channels ? width : lane->group;
+    float scale[MOST_CHANNELS], low[MOST_CHANNELS], scaled[MOST_CHANNELS];
+    if (lane->axis == CHANNEL) {
+        const int64_t at = (w->head * lane->entries + entry) * channels;
+        NAME(load_halves)(lane->scale + at, channels, scale);
+        NAME(load_halves)(lane->low + at, channels, low);
+    } else {
+        NAME(window)(scale, ONES, 0, channels);
+        if (lane->channel)
+            NAME(load_halves)(lane->channel + (w->head * lane->runs + entry) * channels, channels, scale);
+        NAME(window)(low, scale, 0, channels); // the lows are the tokens': each is worth the sum of the scaled query
+    }
+    for (int64_t r = 0; r < w->rows; r++)
+        for (int64_t g = 0, d = 0; d < width; g++, d += group) {
+            floats most = {0}, constant = {0}, sum = {0};
+            for (int64_t i = d; i < d + group; i += LANES) {
+                const floats q = NAME(load)(w->query[r] + i), x = q * NAME(load)(scale + i);
+                NAME(store)(scaled + i, x);
+                most = NAME(greater)(most, NAME(magnitude)(x));
+                sum += x;
+                constant = NAME(fma)(q, NAME(load)(low + i), constant);
+            }
+            const float worth = NAME(worth_of)(most);
+            w->constant[g][r] = w->poison[r] + NAME(sum)(constant);
+            w->query_slices.worth[g][r] = worth;
+            const floats integers = NAME(split)(scaled + d, group, worth, w->query_slices.bytes[r][0] + d);
+            w->correction[g][r] = NAME(correction)(integers, worth, sum, lane->bits);
+        }
+    w->sliced = entry;
+}
+
+// The part of a block that is coded, tokens [base, to): which parameters its tokens share, span by span.
+FN int64_t NAME(span)(const struct work *w, const struct lane *lane, int64_t slot, int64_t to, int64_t *entry) {
+    *entry = 0;
+    if (lane->axis == TOKEN && !lane->channel) return to;
+    int64_t end;
+    *entry = entry_of(lane, w->head, slot, &end);
+    return least_of(end, to);
+}
+
+FN void NAME(load_token_scales)(struct work *w, const struct lane *lane, int64_t base, int64_t tokens) {
+    const int64_t groups = w->a->channels / lane->group, at = (w->head * lane->entries + base) * groups;
+    NAME(by_group)(lane->scale + at, tokens, groups, w->token_scale);
+    NAME(by_group)(lane->low + at, tokens, groups, w->token_low);
+}
+
+// What the tokens [first, last) of a block bring along: 1 where their channels have the scales.
+FN void NAME(token_scales)(const struct work *w, const struct lane *lane, int64_t group, int64_t first, int64_t last,
+                           float *scale, float *low) {
+    if (lane->axis == CHANNEL) {
+        NAME(window)(scale, ONES, first, last);
+        NAME(window)(low, ONES, first, last);
+        return;
+    }
+    float own[BLOCK];
+    NAME(load_halves)(w->token_scale + group * BLOCK, last, own);
+    NAME(window)(scale, own, first, last);
+    NAME(load_halves)(w->token_low + group * BLOCK, last, own);
+    NAME(window)(low, own, first, last);
+}
+
+FN void NAME(coded_logits)(struct work *w, int64_t block, int64_t to) {
+    const struct lane *lane = &w->a->keys;
+    const int64_t channels = w->a->channels, bytes = block_bytes(channels, lane->bits), base = block * BLOCK;
+    const uint8_t *codes = lane->codes + (w->head * lane->blocks + block) * bytes;
+    const int64_t group = lane->axis == TOKEN ? lane->group : channels;
+    if (lane->axis == TOKEN) NAME(load_token_scales)(w, lane, base, to - base);
+    for (int64_t r = 0; r < w->rows; r++)
+        for (int64_t t = 0; t < BLOCK; t += LANES) NAME(store)(w->logits[r] + t, (floats){0});
+    for (int64_t slot = base, end, entry; slot < to; slot = end) {
+        end = NAME(span)(w, lane, slot, to, &entry);
+        if (entry != w->sliced) NAME(slice_query)(w, lane, entry);
+        const int64_t first = slot - base, last = end - base;
+        for (int64_t g = 0; g * group < channels; g++) {
+            float scale[BLOCK], low[BLOCK];
+            NAME(token_scales)(w, lane, g, first, last, scale, low);
+            for (int64_t r = 0; r < w->rows; r++)
+                for (int64_t t = first & -EDGE; t < last; t += LANES) {
+                    const floats x = NAME(fma)(NAME(load)(low + t), NAME(all)(w->constant[g][r]),
+                                               NAME(load)(w->logits[r] + t));
+                    NAME(store)(w->logits[r] + t,
+                                NAME(fma)(NAME(load)(scale + t), NAME(all)(w->correction[g][r]), x));
+                }
+            NAME(multiply)(lane->bits, w->rows, codes, BLOCK, first, last, g * group, (g + 1) * group, &w->query_slices,
+                           w->query_slices.worth[g], scale, w->logits[0], BLOCK, bytes);
+        }
+    }
+}
+
+FN void NAME(coded_values)(struct work *w, int64_t block, int64_t to) {
+    const struct lane *lane = &w->a->values;
+    const int64_t channels = w->a->channels, bytes = block_bytes(channels, lane->bits), base = block * BLOCK;
+    const uint8_t *codes = lane->codes + (w->head * lane->blocks + block) * bytes;
+    const int64_t group = lane->axis == TOKEN ? lane->group : channels;
+    if (lane->axis == TOKEN) NAME(load_token_scales)(w, lane, base, to - base);
+    struct slices slices;
+    for (int64_t slot = base, end, entry; slot < to; slot = end) {
+        end = NAME(span)(w, lane, slot, to, &entry);
+        const int64_t first = slot - base, last = end - base;
+        for (int64_t g = 0; g * group < channels; g++) {
+            // weights times scale[t] go into the integers; what they give is worth lane_scale[d]. The lows: the sum of
+            // weights times low[t] is worth lane_low[d].
+            float scale[BLOCK], low[BLOCK], lane_scale[MOST_CHANNELS], lane_low[MOST_CHANNELS], own[MOST_CHANNELS];
+            const int64_t d0 = g * group, d1 = d0 + group;
+            NAME(token_scales)(w, lane, g, first, last, scale, low);
+            if (lane->axis == CHANNEL) {
+                const int64_t at = (w->head * lane->entries + entry) * channels;
+                NAME(load_halves)(lane->scale + at, channels, lane_scale);
+                NAME(load_halves)(lane->low + at, channels, lane_low);
+            } else {
+                if (lane->channel)
+                    NAME(load_halves)(lane->channel + (w->head * lane->runs + entry) * channels, channels, own);
+                NAME(window)(lane_scale, lane->channel ? own : ONES, d0, d1);
+                NAME(window)(lane_low, lane_scale, d0, d1);
+            }
+            const int64_t edge = first & -EDGE, width = ceil_div(last, EDGE) * EDGE - edge;
+            for (int64_t r = 0; r < w->rows; r++) {
+                float weights[BLOCK];
+                floats most = {0}, sum = {0}, lows = {0};
+                for (int64_t t = edge; t < edge + width; t += LANES) {
+                    const floats p = NAME(load)(w->logits[r] + t), x = p * NAME(load)(scale + t);
+                    NAME(store)(weights + t, x);
+                    most = NAME(greater)(most, x);
+                    sum += x;
+                    lows = NAME(fma)(p, NAME(load)(low + t), lows);
+                }
+                const float worth = slices.worth[0][r] = NAME(worth_of)(most);
+                const floats integers = NAME(split)(weights + edge, width, worth, slices.bytes[r][0] + edge);
+                const floats total = NAME(all)(NAME(sum)(lows));
+                const floats correction = NAME(all)(NAME(correction)(integers, worth, sum, lane->bits));
+                for (int64_t d = d0 & -EDGE; d < d1; d += LANES) {
+                    const floats x = NAME(fma)(NAME(load)(lane_low + d), total, NAME(load)(w->mixed[r] + d));
+                    NAME(store)(w->mixed[r] + d, NAME(fma)(NAME(load)(lane_scale + d), correction, x));
+                }
+            }
+            NAME(multiply)(lane->bits, w->rows, codes, padded(channels), d0, d1, first, last, &slices, slices.worth[0],
+                           lane_scale, w->mixed[0], MOST_CHANNELS, bytes);
+        }
+    }
+}
+
+INLINE void NAME(exact_logits_of)(struct work *w, const struct exact *x, int64_t tokens, int64_t at, const int number) {
+    const int64_t channels = w->a->channels, whole = channels / LANES * LANES;
+    for (int64_t row = 0; row < w->rows; row += 4)
+        for (int64_t t = 0; t < tokens; t++) {
+            floats sum[4] = {{0}, {0}, {0}, {0}};
+            float rest[4] = {0};
+            for (int64_t d = 0; d < whole; d += LANES) {
+                const floats k = NAME(load_numbers)(x->start, t * x->token_stride + d, number);
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++) sum[r] = NAME(fma)(k, NAME(load)(w->query[row + r] + d), sum[r]);
+            }
+            for (int64_t d = whole; d < channels; d++)
+                for (int r = 0; r < 4; r++)
+                    rest[r] += NAME(load_number)(x->start, t * x->token_stride + d, number) * w->query[row + r][d];
+            for (int r = 0; r < 4; r++) w->logits[row + r][at + t] = NAME(sum)(sum[r]) + rest[r];
+        }
+}
+
+INLINE void NAME(exact_values_of)(struct work *w, const struct exact *x, int64_t tokens, int64_t at, const int number) {
+    const int64_t channels = w->a->channels, whole = channels / LANES * LANES;
+    for (int64_t row = 0; row < w->rows; row += 4) {
+        for (int64_t d = 0; d < whole; d += 2 * LANES) {
+            const int64_t next = d + LANES < whole ? LANES : 0; // an odd last vector is read twice and stored once
+            floats sum[4][2];
+            for (int r = 0; r < 4; r++) {
+                sum[r][0] = NAME(load)(w->mixed[row + r] + d);
+                sum[r][1] = NAME(load)(w->mixed[row + r] + d + next);
+            }
+            for (int64_t t = 0; t < tokens; t++) {
+                const floats left = NAME(load_numbers)(x->start, t * x->token_stride + d, number);
+                const floats right = NAME(load_numbers)(x->start, t * x->token_stride + d + next, number);
+#pragma GCC unroll 4
+                for (int r = 0; r < 4; r++) {
+                    const floats p = NAME(all)(w->logits[row + r][at + t]);
+                    sum[r][0] = NAME(fma)(left, p, sum[r][0]);
+                    sum[r][1] = NAME(fma)(right, p, sum[r][1]);
+                }
+            }
+            for (int r = 0; r < 4; r++) {
+                NAME(store)(w->mixed[row + r] + d + next, sum[r][1]);
+                NAME(store)(w->mixed[row + r] + d, sum[r][0]);
+            }
+        }
+        for (int64_t d = whole; d < channels; d++)
+            for (int64_t t = 0; t < tokens; t++)
+                for (int r = 0; r < 4; r++)
+                    w->mixed[row + r][d] +=
+                        NAME(load_number)(x->start, t * x->token_stride + d, number) * w->logits[row + r][at + t];
+    }
+}
+
+// A block's tokens [from, to) that are not coded: `base` is the block's first slot.
+#define EXACT(product, lane, fresh)                                                                                        FN void NAME(product)(struct work *w, int64_t base, int64_t from, int64_t to) {                                            for (int64_t slot = from, many; slot < to; slot += many) {                                                                 many = to - slot;                                                                                                      const struct exact x = exact_at(&w->a->lane, &w->a->fresh, w, slot, &many);                                            if (x.number == FLOAT32) NAME(product##_of)(w, &x, many, slot - base, FLOAT32);                                        else if (x.number == BFLOAT16) NAME(product##_of)(w, &x, many, slot - base, BFLOAT16);                                 else NAME(product##_of)(w, &x, many, slot - base, FLOAT16);                                                        }                                                                                                                  }
+EXACT(exact_logits, keys, fresh_keys)
+EXACT(exact_values, values, fresh_values)
+#undef EXACT
+
+// What the reference does between logits and softmax: softcap, Affine over the store's own tokens.
+FN void NAME(shape_logits)(const struct work *w, float *logits, int64_t row, int64_t stored) {
+    const struct attention *a = w->a;
+    if (a->softcap > 0)
+        for (int64_t t = 0; t < BLOCK; t += LANES) { // tanh x = sign(x) (1 - e) / (1 + e), e = exp(-2 |x|)
+            const floats x = NAME(load)(logits + t) / a->softcap;
+            const floats e = NAME(exp)(-2.0f * NAME(greater)(x, -x)), tanh = (1.0f - e) / (1.0f + e);
+            NAME(store)(logits + t, a->softcap * (floats)((ints)tanh | ((ints)x & INT32_MIN)));
+        }
+    if (w->range) {
+        const float least = w->range[0][row], spread = w->range[1][row] - least;
+        float slope = 1 - (a->affine_high - a->affine_low) / (spread + 1e-8f);
+        if (!a->official && slope < 1e-3f) slope = 1e-3f;
+        for (int64_t t = 0; t < stored; t++) logits[t] = least - a->affine_low + (logits[t] - least) * slope;
+    }
+}
+
+// Logits to probabilities, relative to each row's greatest logit so far.
+FN void NAME(softmax)(struct work *w) {
+    for (int64_t r = 0; r < w->rows; r++) {
+        floats top = NAME(all)(-INFINITY), mass = {0};
+        for (int64_t t = 0; t < BLOCK; t += LANES) top = NAME(greater)(top, NAME(load)(w->logits[r] + t));
+        const float most = NAME(greatest)(top);
+        if (most > w->top[r]) {
+            const float fade = expf(w->top[r] - most);
+            w->top[r] = most;
+            w->mass[r] *= fade;
+            for (int64_t d = 0; d < padded(w->a->channels); d += LANES)
+                NAME(store)(w->mixed[r] + d, NAME(load)(w->mixed[r] + d) * fade);
+        }
+        for (int64_t t = 0; t < BLOCK; t += LANES) {
+            const floats p = NAME(exp)(NAME(load)(w->logits[r] + t) - w->top[r]);
+            NAME(store)(w->logits[r] + t, p);
+            mass += p;
+        }
+        w->mass[r] += NAME(sum)(mass);
+    }
+}
+
+FN void NAME(begin)(struct work *w, const struct attention_run *run, const struct piece *piece) {
+    const struct attention *a = w->a = run->a;
+    const int64_t row = piece->unit % run->tiles * ROWS;
+    w->head = piece->unit / run->tiles;
+    w->rows = least_of(a->rows - row, ROWS);
+    w->length = a->length[w->head];
+    w->total = w->length + a->fresh;
+    w->sliced = -1;
+    for (int64_t r = 0; r < ceil_div(w->rows, 4) * 4; r++) { // the products go over four rows at a time
+        memset(w->query[r], 0, sizeof w->query[r]);
+        memset(w->mixed[r], 0, sizeof w->mixed[r]);
+        w->top[r] = -INFINITY;
+        w->mass[r] = w->poison[r] = 0;
+        for (int64_t d = 0; r < w->rows && d < a->channels; d++) {
+            w->query[r][d] = a->query[((w->head * a->rows) + row + r) * a->channels + d] * a->scale;
+            w->poison[r] += w->query[r][d] * 0;
+        }
+    }
+}
+
+FN void NAME(piece)(struct attention_run *run, int64_t index, struct work *w) {
+    const struct piece *piece = run->pieces + index;
+    NAME(begin)(w, run, piece);
+    w->range = run->ranges && !run->ranging ? run->ranges[index] : NULL;
+    for (int64_t block = piece->first; block < piece->last; block++) {
+        const int64_t base = block * BLOCK, end = least_of(base + BLOCK, w->total);
+        const struct lane *keys = &w->a->keys, *values = &w->a->values;
+        const int64_t coded_keys = keys->codes ? least_of(least_of(keys->coded[w->head], w->length), end) : 0;
+        const int64_t coded_values = values->codes ? least_of(least_of(values->coded[w->head], w->length), end) : 0;
+        if (base < coded_keys) NAME(coded_logits)(w, block, coded_keys);
+        NAME(exact_logits)(w, base, most_of(base, coded_keys), end);
+        for (int64_t r = 0; r < w->rows; r++) {
+            const int64_t stored = least_of(end, w->length) - base;
+            NAME(shape_logits)(w, w->logits[r], r, stored);
+            for (int64_t t = 0; run->ranging && t < stored; t++) {
+                float *least = &run->ranges[index][0][r], *most = &run->ranges[index][1][r];
+                if (!(*least < w->logits[r][t])) *least = w->logits[r][t];
+                if (!(*most > w->logits[r][t])) *most = w->logits[r][t];
+            }
+            for (int64_t t = end - base; t < BLOCK; t++) w->logits[r][t] = -INFINITY;
+        }
+        if (run->ranging) continue;
+        NAME(softmax)(w);
+        if (base < coded_values) NAME(coded_values)(w, block, coded_values);
+        NAME(exact_values)(w, base, most_of(base, coded_values), end);
+    }
+    const int64_t channels = w->a->channels, row = w->head * w->a->rows + piece->unit % run->tiles * ROWS;
+    for (int64_t r = 0; r < w->rows && !run->ranging; r++) {
+        if (piece->part < 0) {
+            finish_row(w->a, row + r, w->top[r], w->mass[r], w->mixed[r]);
+            continue;
+        }
+        float *partial = run->partials + (piece->part * ROWS + r) * (2 + channels);
+        partial[0] = w->top[r];
+        partial[1] = w->mass[r];
+        memcpy(partial + 2, w->mixed[r], channels * sizeof(float));
+    }
+}
+
+FN void NAME(attend_body)(void *data) {
+    struct attention_run *run = data;
+    struct work w;
+    for (int64_t i; (i = __atomic_fetch_add(&run->next, 1, __ATOMIC_RELAXED)) < run->count;) NAME(piece)(run, i, &w);
+}

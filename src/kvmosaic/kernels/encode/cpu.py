@@ -1,0 +1,47 @@
+"""Encode, pack and write in one pass by the compiled kernels of cpu.c."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvmosaic.codecs import Uniform
+from kvmosaic.kernels import native
+from kvmosaic.kernels.attention import cpu
+
+if TYPE_CHECKING:
+    from kvmosaic.stores.lane import LaneBytes
+
+
+def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
+    """Encode x [B, H, T, D] into the slots after `lane.coded`, of each row its first `count` [B, H] tokens.
+
+    The lane has room for them. False, and nothing done, if the kernels are not there or cannot serve the lane.
+    Raises ValueError for tensors that are not what the store says they are, before C sees them.
+    """
+    codec, kernels = lane.lane.codec, native.kernels()
+    if kernels.library is None or not isinstance(codec, Uniform) or cpu.why_not(codec, lane.role, lane.channels):
+        return False
+    batch, heads = count.shape
+    x = x if x.stride(3) == 1 else x.contiguous()
+    cpu.check("the tokens to encode", x, (batch, heads, x.shape[2], lane.channels), None)
+    cpu.check("count", count, (batch, heads), torch.int64)
+    if int(count.max()) > x.shape[2]:
+        raise ValueError(f"count asks for {int(count.max())} tokens of a row, {x.shape[2]} came")
+    for name, part in lane.parts.items():
+        if part.every is None:  # one more run; of an empty row the range is 0 and the factors 1, as in the codec
+            new = torch.full((batch, heads, 1, part.width), float(name == "channel"), dtype=part.dtype)
+            lane.buffers[name] = torch.cat([lane.buffers[name], new], 2)
+    described = cpu.lane(lane, batch, heads)
+    assert described is not None, "a kernel that encodes a lane reads it too"
+    arguments = native.Encoding(described, native.Exact.of(x), count.data_ptr())
+    arguments.lane.runs += lane.by_run
+    arguments.batch, arguments.heads, arguments.channels = batch, heads, lane.channels
+    clip = torch.tensor(codec.clip).expand(heads).contiguous()
+    arguments.clip = None if codec.clip == 1.0 else clip.data_ptr()
+    arguments.about_center = codec.clip_about == "center"
+    if kernels.encode(arguments) == native.BAD_LENGTHS:
+        raise ValueError(f"the counts of the {lane.role} do not match the store's buffers")
+    return True

@@ -1,0 +1,72 @@
+"""Settings over which the contract tests run: every codec in several forms, and every method of the folder."""
+
+from typing import Any
+
+from kvmosaic import methods
+from kvmosaic.codecs import Codec, Exact, Rotated, Sphere, Uniform
+from kvmosaic.errors import NeedsCalibration
+from kvmosaic.recipe import Recipe
+from kvmosaic.stores import Coded, Lane
+
+CODECS: dict[str, Codec] = {
+    "exact": Exact(),
+    **{f"channel{bits}": Uniform(bits=bits, axis="channel", group=32) for bits in (1, 2, 4, 8)},
+    **{f"run{bits}": Uniform(bits=bits, axis="channel") for bits in (1, 2, 4, 8)},
+    **{f"token{bits}": Uniform(bits=bits, axis="token", group=32) for bits in (1, 2, 4, 8)},
+    "whole-token4": Uniform(bits=4, axis="token"),
+    "equalized4": Uniform(bits=4, axis="token", equalize=True),
+    "clipped1": Uniform(bits=1, axis="channel", clip=0.5),
+    "centred1": Uniform(bits=1, axis="channel", clip=0.5, clip_about="center"),
+    **{f"sphere{bits}": Sphere(bits=bits, scale="unbiased") for bits in (1, 2, 3, 4)},
+    "rotated-sphere2": Rotated(Sphere(bits=2, scale="least")),
+    "rotated-token4": Rotated(Uniform(bits=4, axis="token")),
+    "by-head2": Uniform(bits=2, axis="channel", clip=(0.5, 0.9)),
+}
+"""All are made for two KV heads and head sizes that are multiples of 32."""
+
+EXACT = Coded(Lane(Exact()), Lane(Exact()))
+
+
+def coded(codec: Codec, window: int = 0, groups: int = 1) -> Coded:
+    """Both sides by one codec, flushed so that no group is cut."""
+    lane = Lane(codec, window, groups * codec.unit)
+    return Coded(lane, lane)
+
+
+TIERS: dict[str, Coded] = {
+    **{name: coded(codec) for name, codec in CODECS.items()},
+    "kivi2": methods.get("kivi")(bits=2, residual=64).tiers[0],
+    "kivi4-short": methods.get("kivi")(bits=4, residual=32).tiers[0],
+    "windowed": coded(CODECS["token4"], window=7),
+    "sliding-channel": coded(CODECS["channel2"], window=32, groups=2),
+    "calibrated": methods.get("calibquant")(bits=1).visual,
+    "uneven": Coded(Lane(CODECS["channel2"], 0, 96), Lane(CODECS["run4"], 5, 3)),
+}
+
+EXACT_METHODS = {"exact": methods.get("exact")(), "exact tier": Recipe(tiers=(EXACT,))}
+
+
+def recipe(text: str) -> Any:
+    return methods.parse(text)
+
+
+def _bare(name: str) -> bool:
+    """Whether a method serves without a calibration file."""
+    try:
+        return bool(methods.get(name)())
+    except NeedsCalibration:
+        return False
+
+
+BARE = [name for name in methods.names() if _bare(name)]
+TEXT = ["exact", *(name for name in BARE if name not in ("exact", "calibquant"))]
+TEXT += ["kivi bits=4 residual=32", "kivi bits=8 residual=32"]
+"""Recipes for any model, as a user writes them."""
+
+VISUAL = [
+    "calibquant",
+    "calibquant bits=2",
+    "calibquant bits=4 by_picture=true",
+    "calibquant bits=1 | kivi bits=2 residual=32",
+]
+"""Recipes for vision models."""
