@@ -38,11 +38,18 @@ SUITE: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {  # tasks with their
             "calibquant bits=1 clip_about=center calibrated=False",
             *CALIBRATED.values(),
             "calibquant bits=1 | kivi bits=2",
+            *(f"mosaic bits={bits}" for bits in (2, 1.5, 1)),
         ),
     ),
     "mosaic-lm": (
         {"lines lines=100 questions=16": 4, "track assignments=60 questions=8": 8, "perplexity tokens=512 texts=4": 4},
-        ("exact", *(f"kivi bits={bits}" for bits in (8, 4, 2))),
+        (
+            "exact",
+            *(f"kivi bits={bits}" for bits in (8, 4, 2)),
+            *(f"mosaic bits={bits}" for bits in (4, 3, 2, 1.5, 1)),
+            "zipcache",
+            *(f"{name} keep=0.5" for name in ("snapkv", "expected_attention", "h2o")),
+        ),
     ),
 }
 

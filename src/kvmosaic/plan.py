@@ -143,7 +143,7 @@ def row(
 ) -> dict[str, Any]:
     """One row of the table. The share of visual tokens stays that of `visual` in `context` for longer contexts.
 
-    Raises ValueError for counts that make no sense and for recipes that drop tokens, UnsupportedModel for a recipe that the model cannot use.
+    Raises ValueError for counts that make no sense, UnsupportedModel for a recipe that the model cannot use.
     """
     if min(context, batch) < 1 or not 0 <= visual <= context:
         raise ValueError(
@@ -151,8 +151,6 @@ def row(
         )
     if visual and not shape.takes_pictures:
         raise UnsupportedModel(f"the model takes no pictures, so none of its tokens are visual; got {visual}")
-    if recipe.selection is not None:
-        raise ValueError(f"plan knows recipes that keep every token, and {recipe.name} drops some by their scores")
     if recipe.visual is not None and not shape.takes_pictures:
         raise UnsupportedModel(f"{recipe.name} sets how visual tokens are kept, and the model takes no pictures")
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.markup import escape
 
@@ -10,7 +11,7 @@ from kvmosaic import demo as tour
 from kvmosaic.cli.output import Dtype, Json, console, open_quietly, progress, show, text, whole_file
 
 NOTE = (
-    "bytes are resident ones of the whole cache; time is of one token, one sequence. mosaic-vlm reads handwriting that it "
+    "bytes are resident ones of the whole cache; time is of one token, one sequence, one thread. mosaic-vlm reads handwriting that it "
     "was never shown. calibquant with clips of 1 and calibrated=False is plain 1-bit quantization"
 )
 
@@ -22,6 +23,7 @@ def demo(
     json_file: Json = None,
 ) -> None:
     """Two bundled models answer behind exact and compressed caches; prints what each costs and draws it."""
+    torch.set_num_threads(1)  # the models are small, and threads that wait for one another on a busy machine are slow
     scenes = tour.scenes(seed)
     rows = []
     with progress() as bar:

@@ -4,7 +4,6 @@ kvmosaic.methods.kivi(bits=2)                     in Python
 kvmosaic.methods.parse("calibquant bits=1 | kivi bits=2")    as on the command line
 """
 
-import ast
 import difflib
 import functools
 import importlib
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from kvmosaic.options import option
 from kvmosaic.recipe import Recipe
 
 Method = Callable[..., Recipe]
@@ -60,7 +60,7 @@ def parse(text: str) -> Recipe:
         if not words:
             raise ValueError(f"a method is missing in {text!r}. Write for example 'calibquant bits=1 | kivi bits=2'")
         method = get(words[0])
-        options = dict(_option(words[0], method, word) for word in words[1:])
+        options = dict(option(words[0], inspect.signature(method).parameters, word) for word in words[1:])
         try:
             made = method(**options)
         except TypeError as error:  # a word where a number belongs
@@ -70,21 +70,6 @@ def parse(text: str) -> Recipe:
         recipe = made if recipe is None else recipe | made
     assert recipe is not None, "splitting gives at least one part"
     return recipe
-
-
-def _option(name: str, method: Method, word: str) -> tuple[str, Any]:
-    key, equals, value = word.partition("=")
-    known = list(inspect.signature(method).parameters)
-    if not equals:
-        raise ValueError(f"an option of {name} is written option=value, got {word!r}. Options: {', '.join(known)}")
-    if key not in known:
-        near = difflib.get_close_matches(key, known, 1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(known)}"
-        raise ValueError(f"{name} has no option {key!r}. {hint}")
-    try:
-        return key, ast.literal_eval(value.capitalize() if value in ("true", "false", "none") else value)
-    except (SyntaxError, ValueError):
-        return key, value  # a word or a path
 
 
 for _name in names():
