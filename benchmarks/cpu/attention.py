@@ -1,8 +1,9 @@
 """Decode attention over coded stores on this CPU, against PyTorch's dense attention: python benchmarks/cpu/attention.py
 
-One decode step: 4 query heads for each KV head, head size 128, the store as a method of the package leaves it. Every
-figure of a row is taken in turns with the others, on random numbers, and is a median; so ratios hold on a busy machine.
-`floor` is the time to read the bytes of the store at the read bandwidth measured in the same run.
+One decode step: 4 query heads for each KV head, head size 128, the store as a method of the package leaves it, random
+numbers. Everything of a shape is timed in turns and the least of many times counts, medians are in the JSON: on a busy
+machine a median says when the scheduler came round. `floor` is the time to read the store's bytes at the bandwidth
+that reading an array far larger than the caches had, in the same turns.
 """
 
 import argparse
@@ -41,19 +42,8 @@ def filled(tier: Coded, heads: int, tokens: int) -> CodedStore:
     return store
 
 
-def read_bandwidth() -> float:
-    """Bytes a second: the sum of an array far larger than the caches, on torch's threads."""
-    x = torch.ones(2**26)
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        x.sum()
-        times.append(time.perf_counter() - start)
-    return x.nbytes / min(times)
-
-
-def medians(work: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Milliseconds of each, taken in turns."""
+def timed(work: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Milliseconds of each, ascending, taken in turns."""
     for call in work.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in work}
@@ -62,55 +52,62 @@ def medians(work: dict[str, Callable[[], object]], seconds: float) -> dict[str, 
         for name, call in work.items():
             start = time.perf_counter()
             call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) * 1e3 for name, each in times.items()}
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: sorted(each) for name, each in times.items()}
 
 
-def row(heads: int, tokens: int, seconds: float, bandwidth: float) -> dict[str, object]:
+def row(heads: int, tokens: int, seconds: float) -> dict[str, object]:
     query = torch.randn(1, heads, QUERIES, CHANNELS)
     keys, values = (torch.randn(1, heads, tokens, CHANNELS) for _ in range(2))
     half, keys_half, values_half = query.bfloat16(), keys.bfloat16(), values.bfloat16()
+    large = torch.ones(2**25)  # 128 MiB
     work: dict[str, Callable[[], object]] = {
         "sdpa fp32": lambda: sdpa(query, keys, values),
         "sdpa bf16": lambda: sdpa(half, keys_half, values_half),
         "products bf16": lambda: torch.softmax(half @ keys_half.mT * CHANNELS**-0.5, -1) @ values_half,
     }
     rivals = list(work)
+    work["read"] = large.sum
     size = {}
     for tier in (runs, kivi):
         for bits in (8, 4, 2, 1):
             store, name = filled(tier(bits), heads, tokens), f"{tier.__name__} {bits}"
             work[name] = lambda store=store: store.attend(query, CHANNELS**-0.5, None)
             size[name] = sum(tensor.nbytes for _, _, tensor in store.tensors())
-    times = medians(work, seconds)
-    best = min(times[name] for name in rivals)
-    result: dict[str, object] = {"heads": heads, "tokens": tokens, "rivals ms": {name: times[name] for name in rivals}}
-    print(f"\n{heads} KV heads x {tokens}: " + ", ".join(f"{name} {times[name]:.3f} ms" for name in rivals))
+    times = timed(work, seconds)
+    least, median = ({name: pick(each) for name, each in times.items()} for pick in (min, statistics.median))
+    best, bandwidth = min(least[name] for name in rivals), large.nbytes / least["read"]  # bytes a millisecond
+    result: dict[str, object] = {"heads": heads, "tokens": tokens, "GB/s": bandwidth / 1e6}
+    result |= {name: {"ms": least[name], "median ms": median[name]} for name in rivals}
+    print(f"\n{heads} KV heads x {tokens}, read bandwidth {bandwidth / 1e6:.1f} GB/s")
+    print("  " + ", ".join(f"{name} {least[name]:.3f} ms" for name in rivals))
     for name, nbytes in size.items():
-        floor = nbytes / bandwidth * 1e3
+        ms, floor = least[name], nbytes / bandwidth
         print(
-            f"  {name:8} {times[name]:8.3f} ms  {best / times[name]:5.1f}x  {nbytes / 1e6:7.2f} MB"
-            f"  floor {floor:.3f} ms  share {floor / times[name]:4.0%}",
+            f"  {name:8} {ms:8.3f} ms  {best / ms:5.1f}x  {nbytes / 1e6:7.2f} MB"
+            f"  floor {floor:.3f} ms  share {floor / ms:4.0%}",
             flush=True,
         )
-        result[name] = {"ms": times[name], "speedup": best / times[name], "bytes": nbytes, "floor ms": floor}
+        result[name] = {"ms": ms, "median ms": median[name], "speedup": best / ms, "bytes": nbytes, "floor ms": floor}
     return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=4.0, help="for each shape")
+    parser.add_argument("--threads", type=int, default=0, help="0 = torch's own count")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cpu_attention.json"))
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    bandwidth = read_bandwidth()
-    print(f"{native.kernels().variant}, {torch.get_num_threads()} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s")
-    rows = [row(*shape, options.seconds, bandwidth) for shape in SHAPES[: options.shapes]]
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    print(f"{native.kernels().variant}, {torch.get_num_threads()} threads")
+    rows = [row(*shape, options.seconds) for shape in SHAPES[: options.shapes]]
     setting = {
         "machine": platform.machine(), "variant": native.kernels().variant, "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "read bandwidth": bandwidth, "query heads": QUERIES, "head size": CHANNELS,
+        "torch": torch.__version__, "query heads": QUERIES, "head size": CHANNELS,
     }  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
