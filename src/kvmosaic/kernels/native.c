@@ -107,7 +107,8 @@ static int lengths_fit(const struct attention *a, const struct lane *lane) {
 static int64_t cut(const struct attention *a, int64_t tiles, struct piece *pieces, int64_t *parts) {
     enum { LEAST = 4 }; // blocks in a piece: less is not worth slicing the query again
     int64_t total = 0, count = 0;
-    for (int64_t head = 0; head < a->batch * a->heads; head++) total += ceil_div(a->length[head] + a->fresh, BLOCK) * tiles;
+    for (int64_t head = 0; head < a->batch * a->heads; head++)
+        total += ceil_div(a->length[head] + a->fresh, BLOCK) * tiles;
     const int64_t target = a->threads > 1 ? most_of(LEAST, ceil_div(total, a->threads * 4)) : total + 1;
     *parts = 0;
     for (int64_t unit = 0; unit < a->batch * a->heads * tiles; unit++) {
@@ -115,7 +116,8 @@ static int64_t cut(const struct attention *a, int64_t tiles, struct piece *piece
         const int64_t cuts = most_of(1, ceil_div(blocks, target));
         for (int64_t i = 0; i < cuts; i++, count++)
             if (pieces)
-                pieces[count] = (struct piece){unit, blocks * i / cuts, blocks * (i + 1) / cuts, cuts > 1 ? (*parts)++ : -1};
+                pieces[count] = (struct piece){unit, blocks * i / cuts, blocks * (i + 1) / cuts,
+                                               cuts > 1 ? (*parts)++ : -1};
     }
     return count;
 }
@@ -191,7 +193,8 @@ int kvmosaic_encode(const char *variant, const struct encoding *e) {
     for (int64_t head = 0; head < e->batch * e->heads; head++) {
         const int64_t coded = e->lane.coded[head], count = e->count[head];
         if (coded < 0 || count < 0 || coded + count > e->lane.room) return BAD_LENGTHS;
-        if (e->lane.axis == CHANNEL && e->lane.group && (coded % e->lane.group || count % e->lane.group)) return BAD_LENGTHS;
+        const int64_t unit = e->lane.axis == CHANNEL && e->lane.group ? e->lane.group : 1;
+        if (coded % unit || count % unit) return BAD_LENGTHS;
         tokens += count;
     }
     enum { WORTH_THREADS = 1 << 15 }; // numbers: below it, starting threads takes longer

@@ -46,7 +46,9 @@ INLINE words NAME(all_words)(uint32_t x) { return x - (words){0}; }
 
 INLINE floats NAME(greater)(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE floats NAME(lesser)(floats a, floats b) { return (floats)_mm512_min_ps((__m512)a, (__m512)b); }
-INLINE floats NAME(fma)(floats a, floats b, floats c) { return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+INLINE floats NAME(fma)(floats a, floats b, floats c) {
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
 INLINE floats NAME(of_halves)(shorts x) { return (floats)_mm512_cvtph_ps((__m256i)x); }
 INLINE float NAME(sum)(floats v) { return _mm512_reduce_add_ps((__m512)v); }
 INLINE float NAME(greatest)(floats v) { return _mm512_reduce_max_ps((__m512)v); }
@@ -63,7 +65,9 @@ INLINE ints NAME(dot)(ints acc, words codes, words slices, int bits) {
 
 INLINE floats NAME(greater)(floats a, floats b) { return (floats)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE floats NAME(lesser)(floats a, floats b) { return (floats)_mm256_min_ps((__m256)a, (__m256)b); }
-INLINE floats NAME(fma)(floats a, floats b, floats c) { return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+INLINE floats NAME(fma)(floats a, floats b, floats c) {
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
 INLINE floats NAME(of_halves)(shorts x) { return (floats)_mm256_cvtph_ps((__m128i)x); }
 INLINE void NAME(store_bytes)(void *x, words v) {
     const __m256i first = _mm256_set1_epi32(0x0c080400), each = _mm256_shuffle_epi8((__m256i)v, first);

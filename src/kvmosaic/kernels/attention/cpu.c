@@ -118,9 +118,9 @@ INLINE void NAME(tile)(const int rows, const int bits, const uint8_t *codes, int
     for (int r = 0; r < rows; r++) acc[r][0][0] = acc[r][0][1] = acc[r][1][0] = acc[r][1][1] = (ints){0};
     for (int64_t v = 0; v < vectors; v++) {
         const words left = NAME(load_words)(codes), right = NAME(load_words)(codes + LANES * 4);
-        // the next block's codes are on their way while this one is multiplied
-        __builtin_prefetch(codes + ahead);
-        __builtin_prefetch(codes + ahead + LANES * 4);
+        // codes of the blocks to come are on their way to L2 (in L1 they would push these out)
+        __builtin_prefetch(codes + ahead, 0, 2);
+        __builtin_prefetch(codes + ahead + LANES * 4, 0, 2);
         codes += stride;
 #pragma GCC unroll 8
         for (int plane = 0; plane < 8 / bits; plane++) {
@@ -176,7 +176,8 @@ FN void NAME(multiply)(int bits, int64_t rows, const uint8_t *block, int64_t lan
         {NAME(tile_8_1), NAME(tile_8_2), NAME(tile_8_3), NAME(tile_8_4)},
     };
     tile_fn *const *tile = tiles[bits == 1 ? 0 : bits == 2 ? 1 : bits == 4 ? 2 : 3];
-    const int64_t per_vector = 32 / bits, first = depth / per_vector, vectors = ceil_div(last_depth, per_vector) - first;
+    const int64_t per_vector = 32 / bits, first = depth / per_vector;
+    const int64_t vectors = ceil_div(last_depth, per_vector) - first;
     for (int64_t at = lane & -(2 * LANES); at < last_lane; at += 2 * LANES)
         for (int64_t row = 0; row < rows; row += 4)
             tile[least_of(rows - row, 4) - 1](block + first * lanes * 4 + at * 4, lanes * 4, vectors,
@@ -327,7 +328,7 @@ FN void NAME(coded_logits)(struct work *w, int64_t block, int64_t to) {
                                 NAME(fma)(NAME(load)(scale + t), NAME(all)(w->correction[g][r]), x));
                 }
             NAME(multiply)(lane->bits, w->rows, codes, BLOCK, first, last, g * group, (g + 1) * group, &w->query_slices,
-                           w->query_slices.worth[g], scale, w->logits[0], BLOCK, bytes);
+                           w->query_slices.worth[g], scale, w->logits[0], BLOCK, 2 * bytes);
         }
     }
 }
@@ -379,7 +380,7 @@ FN void NAME(coded_values)(struct work *w, int64_t block, int64_t to) {
                 }
             }
             NAME(multiply)(lane->bits, w->rows, codes, padded(channels), d0, d1, first, last, &slices, slices.worth[0],
-                           lane_scale, w->mixed[0], MOST_CHANNELS, bytes);
+                           lane_scale, w->mixed[0], MOST_CHANNELS, 2 * bytes);
         }
     }
 }
@@ -436,7 +437,16 @@ INLINE void NAME(exact_values_of)(struct work *w, const struct exact *x, int64_t
 }
 
 // A block's tokens [from, to) that are not coded: `base` is the block's first slot.
-#define EXACT(product, lane, fresh)                                                                                        FN void NAME(product)(struct work *w, int64_t base, int64_t from, int64_t to) {                                            for (int64_t slot = from, many; slot < to; slot += many) {                                                                 many = to - slot;                                                                                                      const struct exact x = exact_at(&w->a->lane, &w->a->fresh, w, slot, &many);                                            if (x.number == FLOAT32) NAME(product##_of)(w, &x, many, slot - base, FLOAT32);                                        else if (x.number == BFLOAT16) NAME(product##_of)(w, &x, many, slot - base, BFLOAT16);                                 else NAME(product##_of)(w, &x, many, slot - base, FLOAT16);                                                        }                                                                                                                  }
+#define EXACT(product, lane, fresh)                                                                                    \
+    FN void NAME(product)(struct work *w, int64_t base, int64_t from, int64_t to) {                                    \
+        for (int64_t slot = from, many; slot < to; slot += many) {                                                     \
+            many = to - slot;                                                                                          \
+            const struct exact x = exact_at(&w->a->lane, &w->a->fresh, w, slot, &many);                                \
+            if (x.number == FLOAT32) NAME(product##_of)(w, &x, many, slot - base, FLOAT32);                            \
+            else if (x.number == BFLOAT16) NAME(product##_of)(w, &x, many, slot - base, BFLOAT16);                     \
+            else NAME(product##_of)(w, &x, many, slot - base, FLOAT16);                                                \
+        }                                                                                                              \
+    }
 EXACT(exact_logits, keys, fresh_keys)
 EXACT(exact_values, values, fresh_values)
 #undef EXACT

@@ -142,7 +142,8 @@ FN void NAME(encode_channels)(const struct encoding *e, int64_t head, int64_t fr
         for (int64_t s = slot; s < end; s++) {
             NAME(load_row)(e, head, s - start, NULL, row);
             for (int64_t d = 0; d < width; d += LANES)
-                NAME(quantize)(row + d, NAME(load)(low + d), NAME(load)(step + d), NAME(load)(most + d), codes[s - base] + d);
+                NAME(quantize)(row + d, NAME(load)(low + d), NAME(load)(step + d), NAME(load)(most + d),
+                               codes[s - base] + d);
         }
         NAME(pack)(e, head, base / BLOCK, (const uint8_t(*)[MOST_CHANNELS])codes, slot - base, end - base);
     }
