@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from kvmosaic import methods as registry
 from kvmosaic.cli.output import Json, console, show
+from kvmosaic.errors import NeedsCalibration
 
 
 def methods(
@@ -38,8 +39,8 @@ def row(name: str) -> dict[str, Any]:
     bits = re.search(r"\b1, 2, 4 or 8\b", inspect.getdoc(method) or "")
     try:
         needs = "pictures" if method().visual is not None else "nothing"
-    except ValueError as error:  # it cannot do without an option
-        needs = re.split(r"[,.] ", str(error))[0]
+    except NeedsCalibration:
+        needs = "a file of its own: see its options"
     return {
         "name": name,
         "what": document.splitlines()[0],
