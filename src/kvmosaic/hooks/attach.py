@@ -17,6 +17,8 @@ from kvmosaic.hooks.attention import NAME
 from kvmosaic.hooks.cache import Cache
 from kvmosaic.recipe import Recipe
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What models call it: from transformers 5.24 on, and before."""
 _HOOKED = "_kvmosaic_hooks"
 _PREVIOUS = "_kvmosaic_previous_attention"
 
@@ -53,15 +55,16 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> None:
         raise ValueError("a recipe is attached to this model already. Call kvmosaic.detach(model) first")
     Cache(model, recipe)  # refuses now, not at the first generate
     stock = model._prepare_cache_for_generation
+    name = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
 
     def prepare_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        if _cache_in(model_kwargs) is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} and an attached recipe exclude each "
                     "other. Drop the argument, or call kvmosaic.detach(model)"
                 )
-            model_kwargs["past_key_values"] = cache = Cache(model, recipe)
+            model_kwargs[name] = cache = Cache(model, recipe)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             return None
@@ -90,6 +93,10 @@ def compress(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
         detach(model)
 
 
+def _cache_in(arguments: dict[str, Any]) -> Any:
+    return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
+
+
 def _set_attention(model: PreTrainedModel, name: str) -> None:
     key = models.language_model_key(model)
     model.set_attn_implementation({key: name} if key else name)
@@ -111,7 +118,7 @@ class _Begin:
         self.visual_ids = models.visual_ids(config)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = _cache_in(kwargs)
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         entering = embeds if ids is None else ids
         if not isinstance(cache, Cache) or entering is None:
@@ -140,6 +147,6 @@ class _Begin:
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = kwargs.get("past_key_values")
+    cache = _cache_in(kwargs)
     if isinstance(cache, Cache):
         cache.end()
