@@ -15,7 +15,7 @@ from kvmosaic.evals.scores import symbols
 from kvmosaic.loading import Opened
 
 UNCALIBRATED = "calibquant bits=1 key_clip=1.0 value_clip=1.0 calibrated=False"
-TEXT_RECIPES = ("exact", "kivi bits=4", "kivi bits=2")
+TEXT_RECIPES = ("exact", "kivi bits=4", "kivi bits=2", "mosaic bits=2")
 PICTURE_RECIPES = (
     "exact",
     "calibquant bits=4",
@@ -25,6 +25,8 @@ PICTURE_RECIPES = (
     "kivi bits=4",
     "kivi bits=2",
     "calibquant bits=1 | kivi bits=2",
+    "mosaic bits=2",
+    "mosaic bits=1",
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,5 +106,7 @@ def open_quietly(name: str, dtype: str = "auto", device: str = "cpu") -> Opened:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # transformers 5.24 says at every call that past_key_values will be called cache; both names work
+    warnings.filterwarnings("ignore", message=".*`past_key_values` is deprecated", category=FutureWarning)
     with error_console.status(f"loading {name}"):
         return open_model(name, dtype, device)
