@@ -58,7 +58,7 @@ class Report:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size(getattr(self, name))}" for name in ("codes", "scales", "exact", "metadata"))
-        exact = f"{self.compression:.2f}x smaller than exact ({size(self.exact_cache)})"
+        exact = f"compression {self.compression:.2f}x, exact would be {size(self.exact_cache)}"
         return f"{size(self.total)} for {self.tokens} tokens ({parts}); {exact}"
 
 
