@@ -19,7 +19,7 @@ RECORDS = "Records.\nline red: 12345\nline blue: 67890\nask red:"
 
 def test_help_names_every_command(run: Run) -> None:
     out = run("--help").out
-    for command in ("demo", "generate", "methods", "eval", "plan", "calibrate", "doctor"):
+    for command in ("demo", "generate", "methods", "eval", "plan", "calibrate", "profile", "doctor"):
         assert f" {command} " in out
 
 
@@ -115,6 +115,19 @@ def test_plan_shows_the_exact_cache_beside_the_methods(run: Run) -> None:
 )
 def test_sizes_are_read_with_their_units(text: str, nbytes: int) -> None:
     assert read_size(text) == nbytes
+
+
+def test_profile_shares_a_budget_out_and_xkv_reads_it(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "profile.safetensors"
+    options = ("--model", "mosaic-lm", "--data", "lines lines=20", "--prompts", 2, "--out", file)
+    rows = run("profile", *options, "--json", "-").rows
+    assert len(rows) == 8
+    assert sum(row["keep_0.20"] for row in rows) / 8 == pytest.approx(0.2, abs=0.01)
+    task = ("--tasks", "lines lines=20", "--limit", 1, "--json", "-")
+    methods = f"xkv keep=1.0 profile={file}; xkv keep=0.3 profile={file}"
+    whole, part = run("eval", "--model", "mosaic-lm", "--methods", methods, *task).rows
+    assert whole["score"] == 1
+    assert part["compression"] > 1.5 > whole["compression"]
 
 
 def test_doctor_says_which_kernel_serves(run: Run) -> None:
