@@ -47,15 +47,9 @@ class Cache(TransformersCache):  # type: ignore[misc]
                     "pictures. For text use another method, e.g. kivi"
                 )
             prepare(model)
-        types = models.layer_types(model.config)
-        _check_selection(recipe, len(types))
-        layers = []
-        for index, (kind, arguments) in enumerate(types):
-            if kind == "full_attention" and not recipe.is_exact:
-                layers.append(CacheLayer(index, len(types), recipe))
-            else:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments))
-        super().__init__(layers=layers)
+        self._types = models.layer_types(model.config)
+        _check_selection(recipe, len(self._types))
+        super().__init__(layers=self._empty_layers())
         self._context = models.context(model.config)
         self._running: dict[str, int] = {}  # during a forward pass: its thread, and how many hooked modules it is in
 
@@ -111,8 +105,17 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 self._running.clear()
 
     def reset(self) -> None:
-        super().reset()
+        """Empty, as when it was made."""
+        self.layers = self._empty_layers()  # transformers 5.17 only zeroes its own layers' numbers
         self._running.clear()
+
+    def _empty_layers(self) -> list[Any]:
+        return [
+            CacheLayer(index, len(self._types), self.recipe)
+            if kind == "full_attention" and not self.recipe.is_exact
+            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+            for index, (kind, arguments) in enumerate(self._types)
+        ]
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(name, kind, tensor) of everything that the cache holds."""
