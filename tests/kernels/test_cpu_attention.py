@@ -17,14 +17,6 @@ VARIANTS = native.runnable()
 pytestmark = pytest.mark.skipif(not VARIANTS, reason="the compiled kernels were not built")
 
 
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("KVMOSAIC_CPU", request.param)
-    native.kernels.cache_clear()
-    yield request.param
-    native.kernels.cache_clear()
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -1,7 +1,5 @@
 """The compiled encoder writes what the codec writes, bit by bit, for every variant that this CPU can run."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -24,14 +22,6 @@ FORMS = [
     ({"axis": "token", "group": 32, "clip": 0.9, "clip_about": "center"}, 1),
     ({"axis": "token", "equalize": True, "clip": 0.95}, 5),
 ]
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv("KVMOSAIC_CPU", request.param)
-    native.kernels.cache_clear()
-    yield request.param
-    native.kernels.cache_clear()
 
 
 CASES = st.fixed_dictionaries(

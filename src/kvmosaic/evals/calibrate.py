@@ -26,7 +26,8 @@ from kvmosaic.errors import UnsupportedModel
 from kvmosaic.evals import harness, tasks
 from kvmosaic.evals.example import Example, Question
 from kvmosaic.hooks import Cache, models
-from kvmosaic.hooks.layer import EXACT, CacheLayer
+from kvmosaic.hooks.layer import CacheLayer
+from kvmosaic.hooks.pending import Pending
 from kvmosaic.loading import Opened
 from kvmosaic.recipe import Recipe
 
@@ -89,16 +90,10 @@ class Sample:
         key = (index, bits, setting)
         if key not in self.encoded:
             keys, values = self.keys[index], self.values[index]
-            recipe = bits.recipe(setting)
-            layer = CacheLayer(index, len(self.keys), recipe)
+            layer = CacheLayer(index, len(self.keys), bits.recipe(setting))
             layer.lazy_initialization(keys, values)
             layer.seen = keys.shape[2]
-            visual = self.visual[:, None].expand(keys.shape[:3])
-            assert recipe.visual is not None, "calibquant is about visual tokens"
-            for name, tier, keep in (("visual", recipe.visual, visual), ("tier 0", EXACT, ~visual)):
-                store = tier.open(index, keys, values)
-                store.put(keys, values, keep)
-                layer.stores[name] = store
+            layer.store(Pending(keys, values, self.visual))
             layer.batch_repeat_interleave(len(self.turns))
             self.encoded[key] = layer
         return copy.deepcopy(self.encoded[key])

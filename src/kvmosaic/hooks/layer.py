@@ -194,11 +194,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if selection is None or (len(new) == 1 and self.seen):
             return new
         step = self._step(new, query, scale)
-        new = replace(new, tier=selection.assign(step))
         if not isinstance(selection, Evicting):
-            return new
-        self.capacity = selection.capacity(step)
-        return replace(new, score=selection.score(step))
+            return replace(new, tier=selection.assign(step))
+        self.capacity, score = selection.capacity(step), selection.score(step)
+        return replace(new, tier=selection.assign_scored(step, score), score=score)
 
     def _step(self, new: Pending, query: Tensor, scale: float) -> Step:
         valid = new.valid
@@ -226,10 +225,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             before = int(chosen[-1]) + 1 if len(chosen) else 0  # what waits before a prompt is chosen together with it
             ready = min(ready, max(before, len(waiting) // selection.gather * selection.gather))
         if ready:
-            self._store(waiting if ready == len(waiting) else waiting[:ready])
+            self.store(waiting if ready == len(waiting) else waiting[:ready])
         self.pending = waiting[ready:] if ready < len(waiting) else None
 
-    def _store(self, tokens: Pending) -> None:
+    def store(self, tokens: Pending) -> None:
         """Put each token into its tier's store: visual tokens into theirs; padding and dropped tokens into none."""
         tier, selection = tokens.tier, self.recipe.selection
         if isinstance(selection, Gathering) and tier is not None:

@@ -72,6 +72,11 @@ class Evicting(Selection):
         ...
 
     @abstractmethod
+    def assign_scored(self, step: Step, score: Tensor) -> Tensor:
+        """`assign` with those scores at hand: they cost as much as the prompt's attention."""
+        ...
+
+    @abstractmethod
     def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
         """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first."""
         ...

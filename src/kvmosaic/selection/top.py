@@ -39,10 +39,14 @@ class TopTokens(Selection):
             )
 
     def assign(self, step: Step) -> Tensor:
+        return self.assign_scored(step, self.scorer.score(step))
+
+    def assign_scored(self, step: Step, score: Tensor) -> Tensor:
+        """`assign` with the scores at hand; score [B, H, T] float32."""
         present = step.valid.sum(1)  # [B]
         rank = step.valid.cumsum(1) - 1  # place among the row's tokens
         protected = (rank < self.sinks) | (rank >= present[:, None] - self.recent)
-        score = self.scorer.score(step).masked_fill(protected[:, None], torch.inf)
+        score = score.masked_fill(protected[:, None], torch.inf)
         score = score.masked_fill(~step.valid[:, None], -torch.inf)
         must = (protected & step.valid).sum(1)
         count = torch.minimum(

@@ -181,17 +181,17 @@ class LaneBytes:
 
     def _write(self, x: Tensor, count: Tensor) -> None:
         """Encode x [B, H, T, D] into the slots after `coded`; each row has its first `count` tokens."""
-        first, last = int(self.coded.min()), int((self.coded + count).max())
+        last = int((self.coded + count).max())
         self._reserve(last)
         if x.device.type != "cpu" or not encode.write(self, x, count):
-            self._write_by_codec(x, count, first, last)
+            self._write_by_codec(x, count, last)
         if self.by_run:
             self.starts = torch.cat([self.starts, self.coded[..., None]], 2)
         self.coded = self.coded + count
 
-    def _write_by_codec(self, x: Tensor, count: Tensor, first: int, last: int) -> None:
-        """What `_write` does where no kernel does it; the slots in question are within [first, last)."""
-        tokens = x.shape[2]
+    def _write_by_codec(self, x: Tensor, count: Tensor, last: int) -> None:
+        """What `_write` does where no kernel does it; no slot in question is beyond `last`."""
+        first, tokens = int(self.coded.min()), x.shape[2]
         even = bool((count == tokens).all())
         order = torch.arange(tokens, device=x.device)
         valid = None if even else order < count[..., None]
