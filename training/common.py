@@ -1,6 +1,8 @@
 """What the training scripts share: turns as token ids, the optimizer and its schedule, checkpoints, the log."""
 
+import argparse
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from kvmosaic import bundled
 from kvmosaic.evals.example import Question
 
 IGNORED = 0.0
@@ -71,6 +74,45 @@ def weighted_loss(logits: Tensor, batch: Batch) -> Tensor:
     kept = weights > IGNORED
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1)[kept].float(), targets[kept], reduction="none")
     return (losses * weights[kept]).sum() / weights[kept].sum()
+
+
+def train(
+    description: str | None,
+    name: str,
+    auto: Any,
+    draw: Callable[[PreTrainedTokenizerBase, int, int], Batch],
+    loss: Callable[[Any, Batch], Tensor],
+    batch_tokens: dict[str, int],
+) -> None:
+    """The command line of a training script: from a checkpoint on, for a number of seconds, to a new one with its log.
+
+    name: of the bundled model to start from. auto: transformers' class that opens it. draw: (tokenizer, tokens, seed) to a
+    batch. loss: of (model, batch). batch_tokens: by kind of device.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--seconds", type=float, default=3000)
+    parser.add_argument("--start", type=Path, default=bundled.path(name), help="checkpoint to go on from")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the new checkpoint")
+    parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--batch-tokens", type=int, default=batch_tokens[DEVICE])
+    parser.add_argument("--workers", type=int, default=0 if DEVICE == "cpu" else 12)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the data; take another one when going on")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.start)
+    model = auto.from_pretrained(arguments.start, dtype=torch.float32).to(DEVICE).train()
+    log = fit(
+        model,
+        functools.partial(loss, model),
+        functools.partial(draw, tokenizer, arguments.batch_tokens),
+        seconds=arguments.seconds,
+        rate=arguments.rate,
+        seed=arguments.seed * 1_000_000,
+        workers=arguments.workers,
+        save=lambda: save_checkpoint(model, tokenizer, arguments.out),
+    )
+    (arguments.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
 
 
 def fit(

@@ -4,18 +4,16 @@ Documents are drawn from the generators of `kvmosaic.evals.tasks`, with many que
 of installed packages with permissive licences.
 """
 
-import argparse
 import functools
-import json
 import random
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import CONTENT, DEVICE, Batch, fit, save_checkpoint, turns, weighted_loss
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from common import CONTENT, Batch, train, turns, weighted_loss
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from kvmosaic import bundled
 from kvmosaic.evals.example import Example
 from kvmosaic.evals.tasks import generator
 
@@ -93,36 +91,9 @@ def draw(tokenizer: PreTrainedTokenizerBase, batch_tokens: int, seed: int) -> Ba
     return Batch(torch.tensor([ids for ids, _ in rows]), torch.tensor([weights for _, weights in rows]))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3000)
-    parser.add_argument("--start", type=Path, default=bundled.path("mosaic-lm"), help="checkpoint to go on from")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the new checkpoint")
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--batch-tokens", type=int, default=8192 if DEVICE == "cpu" else 131072)
-    parser.add_argument("--workers", type=int, default=0 if DEVICE == "cpu" else 12)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the data; take another one when going on")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.start)
-    model = AutoModelForCausalLM.from_pretrained(arguments.start, dtype=torch.float32).to(DEVICE).train()
-
-    def loss_of(batch: Batch) -> torch.Tensor:
-        return weighted_loss(model(input_ids=batch.ids, use_cache=False).logits, batch)
-
-    log = fit(
-        model,
-        loss_of,
-        functools.partial(draw, tokenizer, arguments.batch_tokens),
-        seconds=arguments.seconds,
-        rate=arguments.rate,
-        seed=arguments.seed * 1_000_000,
-        workers=arguments.workers,
-        save=lambda: save_checkpoint(model, tokenizer, arguments.out),
-    )
-    (arguments.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+def loss(model: Any, batch: Batch) -> torch.Tensor:
+    return weighted_loss(model(input_ids=batch.ids, use_cache=False).logits, batch)
 
 
 if __name__ == "__main__":
-    main()
+    train(__doc__, "mosaic-lm", AutoModelForCausalLM, draw, loss, batch_tokens={"cpu": 8192, "cuda": 131072})

@@ -4,20 +4,15 @@ Examples are drawn from the picture generators of `kvmosaic.evals.tasks`, with d
 is asked twice in a prompt: its second answer would be copied from the text.
 """
 
-import argparse
-import functools
-import json
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import DEVICE, IGNORED, Batch, fit, save_checkpoint, turns, weighted_loss
+from common import IGNORED, Batch, train, turns, weighted_loss
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
-from kvmosaic import bundled
 from kvmosaic.bundled import pictures
 from kvmosaic.evals.example import Example
 from kvmosaic.evals.tasks import generator
@@ -79,40 +74,13 @@ def draw(tokenizer: PreTrainedTokenizerBase, batch_tokens: int, seed: int) -> Ba
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=3000)
-    parser.add_argument("--start", type=Path, default=bundled.path("mosaic-vlm"), help="checkpoint to go on from")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the new checkpoint")
-    parser.add_argument("--rate", type=float, default=3e-4)
-    parser.add_argument("--batch-tokens", type=int, default=6144 if DEVICE == "cpu" else 65536)
-    parser.add_argument("--workers", type=int, default=0 if DEVICE == "cpu" else 12)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the data; take another one when going on")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.start)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.start, dtype=torch.float32).to(DEVICE).train()
-    image_token = model.config.image_token_id
-
-    def loss_of(batch: Batch) -> Tensor:
-        logits = model(input_ids=batch.ids, pixel_values=batch.pixels, use_cache=False).logits
-        # without this term the first training learned nothing (chance after 1,600 steps)
-        naming = F.cross_entropy(logits[batch.ids == image_token].float(), batch.named, ignore_index=-100)
-        return weighted_loss(logits, batch) + NAMING * naming
-
-    log = fit(
-        model,
-        loss_of,
-        functools.partial(draw, tokenizer, arguments.batch_tokens),
-        seconds=arguments.seconds,
-        rate=arguments.rate,
-        seed=arguments.seed * 1_000_000,
-        workers=arguments.workers,
-        save=lambda: save_checkpoint(model, tokenizer, arguments.out),
-    )
-    (arguments.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
+def loss(model: Any, batch: Batch) -> Tensor:
+    logits = model(input_ids=batch.ids, pixel_values=batch.pixels, use_cache=False).logits
+    # without this term the first training learned nothing (chance after 1,600 steps)
+    shown = logits[batch.ids == model.config.image_token_id]
+    naming = F.cross_entropy(shown.float(), batch.named, ignore_index=-100)
+    return weighted_loss(logits, batch) + NAMING * naming
 
 
 if __name__ == "__main__":
-    main()
+    train(__doc__, "mosaic-vlm", AutoModelForImageTextToText, draw, loss, batch_tokens={"cpu": 6144, "cuda": 65536})
