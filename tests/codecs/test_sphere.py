@@ -8,15 +8,18 @@ import torch
 from kvmosaic.codecs import Rotated, Sphere, sphere_levels
 from kvmosaic.codecs.rotated import rotation
 
-# positive levels times sqrt(D), and the squared error of a unit vector
+# positive levels times sqrt(D), and the squared error of a unit vector, of the best levels
 TABLE = {
     (64, 1): ([0.80101], 0.3584),
     (64, 2): ([0.45212, 1.49997], 0.1145),
     (64, 3): ([0.24375, 0.75066, 1.32934, 2.11131], 0.03339),
     (64, 4): ([0.12735, 0.38472, 0.65049, 0.93189, 1.23940, 1.59085, 2.02331, 2.64637], 0.00913),
     (128, 2): ([0.45245, 1.50519], 0.1160),
+    (128, 4): ([0.12787, 0.38638, 0.65362, 0.93710, 1.24777, 1.60434, 2.04593, 2.68886], 0.00932),
     (256, 3): ([0.24476, 0.75467, 1.34025, 2.14167], 0.03426),
 }
+# what integer levels add to that error: two bits have evenly spaced levels
+MORE = {1: 0, 2: 0.011, 3: 0.0003, 4: 0.0025}
 
 
 def encoded(codec, x):
@@ -24,12 +27,25 @@ def encoded(codec, x):
 
 
 @pytest.mark.parametrize(("channels", "bits"), TABLE)
-def test_levels_and_distortion_are_the_papers(channels, bits):
-    levels, distortion = TABLE[channels, bits]
-    assert sphere_levels(channels, bits)[2 ** (bits - 1) :].tolist() == pytest.approx(levels, abs=1e-4)
-    x = torch.randn(1, 2, 4001, channels, generator=torch.Generator().manual_seed(1))
+def test_distortion_is_the_papers_and_what_integer_levels_add(channels, bits):
+    distortion = TABLE[channels, bits][1] * (1 + MORE[bits])
+    x = torch.randn(1, 2, 8001, channels, generator=torch.Generator().manual_seed(1))
     error = (x - encoded(Rotated(Sphere(bits=bits, scale="norm")), x)).square().sum() / x.square().sum()
-    assert error.item() == pytest.approx(distortion, rel=0.01)
+    assert error.item() == pytest.approx(distortion, rel=0.005)
+
+
+@pytest.mark.parametrize(("channels", "bits"), [each for each in TABLE if each[1] != 2])
+def test_levels_are_the_papers_to_half_a_unit(channels, bits):
+    unit, integers = sphere_levels(channels, bits)
+    assert integers.dtype == torch.int8 and integers.abs().max() <= 63
+    assert torch.equal(integers, -integers.flip(0))
+    assert (unit * integers[2 ** (bits - 1) :]).tolist() == pytest.approx(TABLE[channels, bits][0], abs=0.5 * unit)
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_levels_of_one_and_two_bits_are_affine_in_the_code(bits):
+    _, integers = sphere_levels(128, bits)
+    assert integers.tolist() == [2 * code - (2**bits - 1) for code in range(2**bits)]
 
 
 @pytest.mark.parametrize("channels", [64, 80, 96, 128, 256])
