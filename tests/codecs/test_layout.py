@@ -52,28 +52,28 @@ def test_dots_lie_where_the_page_says(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("role", ROLES)
 def test_fragments_are_operands_of_m16n8k32(bits: int, role: str) -> None:
-    """A lane's 16 bytes are its operand: rows l/4 and l/4 + 8, columns 4 (l mod 4) ... + 3 and 16 further."""
+    """A lane's 16 bytes are its operand: rows l/4 and l/4 + 8, columns 4 (l mod 4) ... + 3 and 16 further. Of values the
+    rows are channels 0, 2, ..., 1, 3, ... and a column's bytes tokens 8 apart."""
     channels, planes = 64, 8 // bits
     x = codes(bits, 1, channels)[:1]
     lanes = pack(x, bits, role, "fragments")[0, 0].view(-1, 32, 4, 4)  # type: ignore[arg-type]  # [fragment, lane, register, byte]
-    table = x[0] if role == "keys" else x[0].T  # rows x columns
-    found = 0
-    for fragment in range(lanes.shape[0]):
+    token_groups, found = BLOCK // 16, 0
+    for tile in range(lanes.shape[0]):
         for plane in range(planes):
-            index = fragment * planes + plane
-            if role == "keys":
-                chunk, group = divmod(index, BLOCK // 16)
-            else:
-                chunk, group = divmod(index, channels // 16)
-            tile = table[16 * group : 16 * group + 16, 32 * chunk : 32 * chunk + 32]
-            mine = lanes[fragment] >> (bits * plane) & (2**bits - 1)
-            for lane in (0, 7, 31):
-                row, column = lane // 4, 4 * (lane % 4)
-                for register in range(4):
-                    r, c = row + 8 * (register % 2), column + 16 * (register // 2)
-                    assert torch.equal(mine[lane, register], tile[r, c : c + 4])
-                    found += 1
-    assert found == channels * BLOCK // 512 * 3 * 4
+            mine = lanes[tile] >> (bits * plane) & (2**bits - 1)
+            for lane, register, byte in [(0, 0, 0), (7, 1, 3), (31, 2, 1), (18, 3, 2)]:
+                row, column = lane // 4 + 8 * (register % 2), 4 * (lane % 4) + 16 * (register // 2) + byte
+                if role == "keys":
+                    token_set, chunk = divmod(tile, channels // 32)
+                    token, channel = 16 * (token_set * planes + plane) + row, 32 * chunk + column
+                    assert token // 16 < token_groups
+                else:
+                    chunk, group = divmod(tile * planes + plane, channels // 16)
+                    channel = 16 * group + 2 * (row % 8) + row // 8
+                    token = 32 * chunk + 16 * (byte // 2) + 8 * (byte % 2) + lane % 4 + 4 * (register // 2)
+                assert int(mine[lane, register, byte]) == int(x[0, token, channel])
+                found += 1
+    assert found == channels * BLOCK // 512 * 4
 
 
 def test_pack_takes_whole_blocks() -> None:

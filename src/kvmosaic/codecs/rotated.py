@@ -27,7 +27,7 @@ def rotation(channels: int, seed: int, device: torch.device) -> Tensor:
             matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
         signs = torch.randint(0, 2, (channels,), generator=draw) * 2 - 1
         matrix = signs[:, None] * matrix / math.sqrt(channels)
-    return matrix.float().to(device)
+    return matrix.float().contiguous().to(device)
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,7 @@ class Uniform(Codec):
         low, high = ends[0].amin(dim, keepdim=True), ends[1].amax(dim, keepdim=True)
         if valid is not None and self.axis == "channel":  # a row without tokens has no range
             low, high = low.masked_fill(low == torch.inf, 0), high.masked_fill(high == -torch.inf, 0)
-        low, high = self._clip(low, high)
-        # codes are fitted to the parameters as stored, so their rounding is not an error on top
-        low = low.to(torch.float16)
-        scale = ((high - low.float()) / (2**self.bits - 1)).clamp_min(0).to(torch.float16)
+        low, scale = self.fit(low, high)
         step = torch.where(scale > 0, scale.float(), 1.0)  # constant groups: code 0, no division by zero
         codes = ((grouped - low.float()) / step).round().clamp(0, 2**self.bits - 1)
         codes = torch.where(scale > 0, codes, 0).to(torch.uint8).view(x.shape)
@@ -126,6 +123,13 @@ class Uniform(Codec):
         out = torch.einsum("bhmgt,bhtgd->bhmgd", scaled, codes.unflatten(-1, (count, -1)))
         out = (out + (weights @ low).unsqueeze(-1)).flatten(3)
         return out * packed["channel"].float() if self.equalize else out
+
+    def fit(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Ranges of groups, [B, H, ...] float32 -> (low, scale) as stored, float16."""
+        low, high = self._clip(low, high)
+        # codes are fitted to the parameters as stored, so their rounding is not an error on top
+        low = low.to(torch.float16)
+        return low, ((high - low.float()) / (2**self.bits - 1)).clamp_min(0).to(torch.float16)
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, int]:
         """x with the numbers that share a range along a dimension of their own, and which one it is."""

@@ -8,8 +8,9 @@ each one permutation for keys and one for values; everything else in the package
     keys    [vector][token 128][channel 4]   plane p of vector v = channels 4 * (v * planes + p) ...
     values  [vector][channel D][token 4]     plane p of vector v = tokens 4 * (v * planes + p) ...
 "fragments": the A operands of the GPU's m16n8k32 product; a lane's 16 consecutive bytes are its fragment.
-    keys    rows are tokens, columns channels; plane p = one of the block's token groups of 16
-    values  rows are channels, columns tokens; plane p = channel group of 16 (then token chunks of 32)
+    keys    rows are 16 tokens, columns 32 channels; plane p = token group of 16; what a warp reads together lies together
+    values  rows are 16 channels (0, 2, ... then 1, 3, ...), columns 32 tokens; plane p = channel group of 16, then token
+            chunk of 32. A column's four bytes are tokens t, t + 8, t + 16, t + 24: those whose probabilities one lane holds
 """
 
 from functools import lru_cache
@@ -49,14 +50,13 @@ def _order(layout: Layout, role: Role, channels: int, bits: int) -> Tensor:
     elif layout == "dots":
         tiles = index.view(BLOCK // 4 // planes, planes, 4, channels).permute(0, 3, 2, 1)
     else:
-        # one fragment = 16 rows x 32 columns; lane l holds rows l/4 and l/4 + 8, columns 4 * (l % 4) ... and 16 further
-        if role == "keys":
-            fragments = index.view(8, 16, channels // 32, 32).permute(2, 0, 1, 3)  # [column chunk, token group, 16, 32]
-        else:
-            fragments = index.view(4, 32, channels // 16, 16).permute(
-                0, 2, 3, 1
-            )  # [token chunk, channel group, 16, 32]
-        lanes = fragments.reshape(-1, 2, 8, 2, 4, 4).permute(0, 2, 4, 3, 1, 5)  # [fragment, row, quad, half, +8, byte]
+        # lane l holds of a fragment rows l/4 and l/4 + 8, columns 4 * (l % 4) ... and 16 further
+        if role == "keys":  # [token set, plane, +8, row, column chunk, +16, quad, byte]
+            split = index.view(8 // planes, planes, 2, 8, channels // 32, 2, 4, 4)
+            lanes = split.permute(0, 4, 1, 3, 6, 5, 2, 7)
+        else:  # [token chunk, byte, byte, +16, quad, channel group, row, +8]
+            split = index.view(4, 2, 2, 2, 4, channels // 16, 8, 2)
+            lanes = split.permute(0, 5, 6, 4, 3, 7, 1, 2)
         tiles = lanes.reshape(-1, planes, 512).permute(0, 2, 1)
     return tiles.reshape(-1, planes).contiguous()
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kvmosaic.kernels.attention import cpu, reference
+from kvmosaic.kernels.attention import cpu, cuda, reference
 from kvmosaic.kernels.attention.dense import dense, dense_mass
 from kvmosaic.kernels.attention.partial import Partial, merge
 from kvmosaic.kernels.attention.reference import Affine, mass
@@ -28,8 +28,6 @@ def attend(
     fresh: tuple[Tensor, Tensor] | None = None,
 ) -> Partial:
     """As `reference.attend`, by the fastest kernel that serves these lanes on their device."""
-    if query.device.type == "cpu":
-        part = cpu.attend(keys, values, length, query, scale, softcap, affine, fresh)
-        if part is not None:
-            return part
-    return reference.attend(keys, values, length, query, scale, softcap, affine, fresh)
+    kernels = {"cpu": cpu, "cuda": cuda}.get(query.device.type)
+    part = kernels and kernels.attend(keys, values, length, query, scale, softcap, affine, fresh)
+    return part or reference.attend(keys, values, length, query, scale, softcap, affine, fresh)

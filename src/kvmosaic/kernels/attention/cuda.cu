@@ -1,0 +1,801 @@
+// Attention of a step's queries over one coded store, on the codes as they lie: no code is ever turned back into a number.
+//
+// A block of threads takes one part of one KV head's tokens: the codes in as many parts as the grid has splits, and in a
+// last part ("tail") the tokens that are still exact, with the step's own. Each part leaves maximum, sum and output; the
+// kernel `combine` joins them, in order, so the same input gives the same bits.
+//
+// Integer products: a logit is sum of query times scale times code. The scaled query is written as 15-bit integers in two
+// signed bytes (columns 2h and 2h + 1 of the product are the high and the low byte of head h), codes are the unsigned
+// operand, masked out of the packed bytes; plane p comes out multiplied by 2^(bits p), which is taken off again.
+// Probabilities meet values in the same way. For exact tokens the two columns are a 16-bit number and what it leaves.
+//
+// Compiled for one form of store: HEAD channels, NUMBER 0 bfloat16 or 1 float16, TILES of 4 query heads, and of each side
+//   FORM 0 exact, 1 ranges by channel, 2 ranges by token; BITS;
+//   GROUP (keys) tokens that share a channel's range, 0 = a run; GROUPS (values) ranges of a token;
+//   FACTOR 1 = channel factors once a run; LOW 1 = low is stored, 0 = number = STEP * scale * (code - ZERO);
+//   TABLE 1 = a code stands for a byte of LEVELS, four words of them.
+#include "warp.cuh"
+
+enum { EXACT, CHANNEL, TOKEN };
+constexpr int WARPS = 4, ROWS = 4 * TILES;
+constexpr int DP = padded(HEAD), CHUNKS32 = DP / 32, GROUPS16 = DP / 16;
+constexpr int KEY_PLANES = 8 / KEY_BITS, VALUE_PLANES = 8 / VALUE_BITS;
+// tokens that a warp takes at a time: whole bytes of keys and of values
+constexpr int NT = larger(larger(32, 16 * KEY_PLANES), 32 * (VALUE_PLANES / greatest_divisor(VALUE_PLANES, GROUPS16)));
+constexpr int KEY_LOADS = NT / 16 * CHUNKS32 / KEY_PLANES, VALUE_LOADS = NT / 32 * GROUPS16 / VALUE_PLANES;
+constexpr bool CODED = KEY_FORM != EXACT && VALUE_FORM != EXACT;
+constexpr bool GROUPED = KEY_FORM == CHANNEL && KEY_GROUP > 0;
+constexpr int KEY_ENTRY = GROUPED ? KEY_GROUP : 1;
+constexpr bool BY_RUN = (KEY_FORM == CHANNEL && KEY_GROUP == 0) || KEY_FACTOR || VALUE_FORM == CHANNEL || VALUE_FACTOR;
+constexpr bool SCALED = VALUE_FORM == CHANNEL || VALUE_FACTOR;  // output channels have factors of their own
+constexpr int UNIT = GROUPED ? BLOCK / NT : 1;  // chunks in a row for one warp, which then scales the query once a group
+constexpr int QS = DP + 16;                     // a query row in shared memory, apart by half of the banks
+constexpr float MOST = 32512.f;                 // 127 * 256: the largest that two signed bytes hold, and even
+
+struct Query {
+  const float* rows;     // [rows][count][channels]; or null, and then
+  const u16* numbers;    // [batch][query heads][channels] of one step, with these strides
+  const float* rotated;  // [rows][count][channels], what the codes see, where they are of rotated numbers
+  i64 batch_stride, head_stride;
+  int count;             // queries of a KV head
+};
+
+struct Work {
+  Store store;
+  Query query;
+  Fresh fresh;
+  float* out;            // [parts][rows][count][channels], not divided by the sum
+  float* most;           // [parts][rows][count], of the logits in base 2
+  float* sum;
+  float* least;          // [splits][rows][count], of `ranges`
+  float* greatest;
+  float scale, softcap;  // both times log2(e); softcap 0 = none
+  float affine_low, affine_high;  // times log2(e)
+  int heads, splits, official;
+};
+
+// what a plane's operands come out multiplied by, taken off
+DEVICE float plane_factor(bool table, int bits, int plane) { return table ? 1.f : 1.f / (float)(1 << (bits * plane)); }
+
+// four codes of a plane as operands of a product: their bytes masked out, or what a table has for them
+template <bool TABLE, int BITS>
+DEVICE u32 operand(u32 word, int plane, u32 t0, u32 t1, u32 t2, u32 t3) {
+  if constexpr (!TABLE) {
+    return word & (0x01010101u * ((1u << BITS) - 1)) << (BITS * plane);
+  } else {
+    const u32 codes = word >> (4 * plane) & 0x0f0f0f0fu;
+    const u32 four = __byte_perm(codes | codes >> 4, 0, 0x4420), below = four & 0x7777u;  // a selector has 4 bits
+    const u32 upper = __byte_perm(0u, ~0u, four >> 1 & 0x7777u);
+    return (__byte_perm(t0, t1, below) & ~upper) | (__byte_perm(t2, t3, below) & upper);
+  }
+}
+DEVICE u32 key_operand(u32 word, int plane) { return operand<KEY_TABLE, KEY_BITS>(word, plane, KEY_LEVELS); }
+DEVICE u32 value_operand(u32 word, int plane) { return operand<VALUE_TABLE, VALUE_BITS>(word, plane, VALUE_LEVELS); }
+
+// four 15-bit integers, as fixed_point leaves them, to the high or the low bytes
+DEVICE u32 high_bytes(const u32 (&u)[4]) {
+  return __byte_perm(__byte_perm(u[0], u[1], 0x0051), __byte_perm(u[2], u[3], 0x0051), 0x5410);
+}
+DEVICE u32 low_bytes(const u32 (&u)[4]) {
+  return __byte_perm(__byte_perm(u[0], u[1], 0x0040), __byte_perm(u[2], u[3], 0x0040), 0x5410) ^ 0x80808080u;
+}
+// x in -MOST ... MOST: its nearest integer v, plus 128, in the low 16 bits
+DEVICE float fixed_point(float x) { return x + 12583040.f; }  // 1.5 * 2^23 + 128
+
+struct Warp {
+  int lane, r, j;
+  const float* query;  // shared, [ROWS][QS]
+  u32 slices[TILES][CHUNKS32][2];
+  float unit[TILES], offset[TILES];  // of a head's slices, and what does not depend on codes; of head j
+  float most[TILES], sum[TILES], out[TILES][GROUPS16][2];
+  float below[TILES][VALUE_GROUPS];  // what the zero points of values multiply, this lane's tokens
+  float factor[GROUPS16][2];         // of output channels
+  int entry, run;
+
+  DEVICE_MEMBER void begin(const float* shared) {
+    lane = threadIdx.x & 31, r = lane >> 2, j = lane & 3, query = shared, entry = run = -1;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      most[t] = LEAST, sum[t] = 0.f;
+#pragma unroll
+      for (int x = 0; x < GROUPS16; x++) out[t][x][0] = out[t][x][1] = 0.f;
+#pragma unroll
+      for (int g = 0; g < VALUE_GROUPS; g++) below[t][g] = 0.f;
+    }
+#pragma unroll
+    for (int x = 0; x < GROUPS16; x++) factor[x][0] = factor[x][1] = 1.f;
+  }
+
+  // the query times `scales` in two bytes, and its product with `lows` (or its sum): for one range of each channel
+  DEVICE_MEMBER void slice(const u16* scales, const u16* lows) {
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      const float* q = query + (4 * t + (lane >> 3)) * QS + 4 * j;
+      float x[CHUNKS32][8], largest = 0.f, along = 0.f;
+#pragma unroll
+      for (int c = 0; c < CHUNKS32; c++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          const int d = 32 * c + 16 * h;
+          const bool real = d < HEAD;
+          u32 s[2], b[2];
+          if (scales != nullptr && real) {
+            s[0] = *(const u32*)(scales + d + 4 * j), s[1] = *(const u32*)(scales + d + 4 * j + 2);
+          }
+          if (lows != nullptr && real) {
+            b[0] = *(const u32*)(lows + d + 4 * j), b[1] = *(const u32*)(lows + d + 4 * j + 2);
+          }
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            float y = real ? q[d + e] : 0.f;
+            if (lows != nullptr && real) along += y * half_to_float((u16)(b[e >> 1] >> (16 * (e & 1))));
+            if (scales != nullptr && real) y *= half_to_float((u16)(s[e >> 1] >> (16 * (e & 1))));
+            if (lows == nullptr) along += y;
+            x[c][4 * h + e] = y;
+            largest = max_or_nan(largest, fabsf(y));
+          }
+        }
+      largest = max_or_nan(largest, shuffle_xor(largest, 1));
+      largest = max_or_nan(largest, shuffle_xor(largest, 2));
+      along += shuffle_xor(along, 1);
+      along += shuffle_xor(along, 2);
+      const float inverse = largest > 0.f ? MOST / largest : 0.f;
+#pragma unroll
+      for (int c = 0; c < CHUNKS32; c++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          u32 u[4];
+#pragma unroll
+          for (int e = 0; e < 4; e++) u[e] = __float_as_uint(fixed_point(x[c][4 * h + e] * inverse));
+          slices[t][c][h] = (lane >> 2) & 1 ? low_bytes(u) : high_bytes(u);
+        }
+      unit[t] = shuffle(largest * (1.f / MOST), 8 * j);
+      offset[t] = shuffle(along, 8 * j);
+    }
+  }
+
+  DEVICE_MEMBER void slice_entry(const Lane& keys, i64 row, int e) {
+    entry = e;
+    const i64 at = row * keys.entry_stride + (i64)e * HEAD;
+    slice(keys.scale + at, keys.low + at);
+  }
+
+  // the parameters that change from run to run
+  DEVICE_MEMBER void enter(const Store& store, i64 row, int new_run) {
+    if (new_run == run) return;
+    if (run >= 0) leave(store, row);
+    run = new_run;
+    if constexpr (KEY_FORM == CHANNEL && KEY_GROUP == 0) slice_entry(store.keys, row, run);
+    if constexpr (KEY_FORM == TOKEN) {
+      slice(KEY_FACTOR ? store.keys.channel + (row * store.keys.runs + run) * HEAD : nullptr, nullptr);
+    }
+    if constexpr (SCALED) {
+      const Lane& v = store.values;
+      const u16* from = VALUE_FORM == CHANNEL ? v.scale + row * v.entry_stride + (i64)run * HEAD
+                                              : v.channel + (row * v.runs + run) * HEAD;
+#pragma unroll
+      for (int x = 0; x < GROUPS16; x++) {
+        if (16 * x >= HEAD) continue;
+        const u32 two = *(const u32*)(from + 16 * x + 2 * r);
+        factor[x][0] = half_to_float((u16)two), factor[x][1] = half_to_float((u16)(two >> 16));
+      }
+    }
+  }
+
+  // add what the zero points of this run's values come to
+  DEVICE_MEMBER void leave(const Store& store, i64 row) {
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+      for (int g = 0; g < VALUE_GROUPS; g++) {
+        float total = below[t][g];
+        total += shuffle_xor(total, 4);
+        total += shuffle_xor(total, 8);
+        total += shuffle_xor(total, 16);
+        below[t][g] = 0.f;
+        constexpr int per = GROUPS16 / VALUE_GROUPS;
+#pragma unroll
+        for (int x = g * per; x < (g + 1) * per; x++) {
+          if (16 * x >= HEAD) continue;
+          if constexpr (VALUE_FORM == CHANNEL) {
+            const Lane& v = store.values;
+            const u32 two = *(const u32*)(v.low + row * v.entry_stride + (i64)run * HEAD + 16 * x + 2 * r);
+            out[t][x][0] += total * half_to_float((u16)two);
+            out[t][x][1] += total * half_to_float((u16)(two >> 16));
+          } else {
+            const float share = VALUE_LOW ? total : -VALUE_ZERO * total;
+            out[t][x][0] += share * factor[x][0];
+            out[t][x][1] += share * factor[x][1];
+          }
+        }
+      }
+  }
+
+  DEVICE_MEMBER float capped(float x, float softcap) const { return SOFTCAP ? softcap * tanhf(x / softcap) : x; }
+
+  // logits of NT coded tokens from t0 on: [2 i + half] is token 16 i + r + 8 half, of head j
+  DEVICE_MEMBER void logits(const Work& w, i64 row, const Words (&k)[KEY_LOADS], int t0, float (&s)[TILES][NT / 8]) {
+    const Lane& keys = w.store.keys;
+    float scales[NT / 8], lows[NT / 8];
+    if constexpr (KEY_FORM == TOKEN) {
+#pragma unroll
+      for (int x = 0; x < NT / 8; x++) {
+        const i64 at = row * keys.entry_stride + t0 + 8 * x + r;
+        scales[x] = KEY_STEP * half_to_float(keys.scale[at]);
+        lows[x] = KEY_LOW ? half_to_float(keys.low[at]) : -KEY_ZERO * scales[x];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < NT / 16; i++) {
+      if constexpr (GROUPED) {
+        if (i % 2 == 0 && (t0 + 16 * i) / KEY_ENTRY != entry) slice_entry(keys, row, (t0 + 16 * i) / KEY_ENTRY);
+      }
+      int c[TILES][4] = {};
+      const int plane = i % KEY_PLANES;
+#pragma unroll
+      for (int x = 0; x < CHUNKS32; x++) {
+        const Words& word = k[i / KEY_PLANES * CHUNKS32 + x];
+        const u32 a[4] = {key_operand(word.x, plane), key_operand(word.y, plane), key_operand(word.z, plane),
+                          key_operand(word.w, plane)};
+#pragma unroll
+        for (int t = 0; t < TILES; t++) mma(c[t], a[0], a[1], a[2], a[3], slices[t][x][0], slices[t][x][1]);
+      }
+#pragma unroll
+      for (int t = 0; t < TILES; t++) {
+        const float f = unit[t] * plane_factor(KEY_TABLE, KEY_BITS, plane);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          float x = (float)(c[t][2 * half] * 256 + c[t][2 * half + 1]) * f;
+          x = KEY_FORM == TOKEN ? x * scales[2 * i + half] + offset[t] * lows[2 * i + half] : x + offset[t];
+          s[t][2 * i + half] = capped(x, w.softcap);
+        }
+      }
+    }
+  }
+
+  // logits to probabilities relative to their own maximum; returns what they are to be multiplied by
+  template <int N>
+  DEVICE_MEMBER void weigh(float (&s)[TILES][N], float (&weight)[TILES]) {
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      float here = LEAST, total = 0.f;
+#pragma unroll
+      for (int x = 0; x < N; x++) here = fmaxf(here, s[t][x]);
+      here = fmaxf(here, shuffle_xor(here, 4));
+      here = fmaxf(here, shuffle_xor(here, 8));
+      here = fmaxf(here, shuffle_xor(here, 16));
+#pragma unroll
+      for (int x = 0; x < N; x++) s[t][x] = exp2_fast(s[t][x] - here), total += s[t][x];
+      const float now = fmaxf(most[t], here), old = exp2_fast(most[t] - now);
+      weight[t] = exp2_fast(here - now);
+      most[t] = now;
+      sum[t] = sum[t] * old + total * weight[t];
+      if (any(old != 1.f)) {
+#pragma unroll
+        for (int x = 0; x < GROUPS16; x++) out[t][x][0] *= old, out[t][x][1] *= old;
+#pragma unroll
+        for (int g = 0; g < VALUE_GROUPS; g++) below[t][g] *= old;
+      }
+    }
+  }
+
+  // the weighted sum of NT coded values; s holds probabilities
+  template <bool MASKED>
+  DEVICE_MEMBER void mix(const Store& store, i64 row, const Words (&v)[VALUE_LOADS], int t0, float (&s)[TILES][NT / 8],
+                         const float (&weight)[TILES]) {
+    const Lane& values = store.values;
+    constexpr int per = GROUPS16 / VALUE_GROUPS;
+    // a byte may hold codes of two chunks of 32 tokens, which then come out multiplied by other powers of two
+    constexpr bool apart = GROUPS16 % VALUE_PLANES != 0;
+#pragma unroll
+    for (int g = 0; g < VALUE_GROUPS; g++) {
+      u32 u[TILES][NT / 8];
+      float back[TILES];  // from integers to numbers
+#pragma unroll
+      for (int t = 0; t < TILES; t++) {
+        float p[NT / 8], largest = 1.f, low = 0.f;
+        if constexpr (VALUE_FORM == TOKEN) {
+          largest = 0.f;
+#pragma unroll
+          for (int x = 0; x < NT / 8; x++) {
+            const i64 at = row * values.entry_stride + (i64)(t0 + 8 * x + r) * VALUE_GROUPS + g;
+            const bool real = !MASKED || s[t][x] != 0.f;
+            p[x] = real ? s[t][x] * half_to_float(values.scale[at]) : 0.f;
+            if (VALUE_LOW && real) low += s[t][x] * half_to_float(values.low[at]);
+            largest = fmaxf(largest, p[x]);
+          }
+          largest = fmaxf(largest, shuffle_xor(largest, 4));
+          largest = fmaxf(largest, shuffle_xor(largest, 8));
+          largest = fmaxf(largest, shuffle_xor(largest, 16));
+        }
+        const float inverse = largest > 0.f ? MOST / largest : 0.f;
+        back[t] = weight[t] * largest * (1.f / MOST);
+        float total = 0.f;
+#pragma unroll
+        for (int x = 0; x < NT / 8; x++) {
+          const float y = fixed_point((VALUE_FORM == TOKEN ? p[x] : s[t][x]) * inverse);
+          u[t][x] = __float_as_uint(y);
+          total += y - 12583040.f;
+        }
+        if (VALUE_FORM == TOKEN && VALUE_LOW) {
+          below[t][g] += low * weight[t];
+        } else {  // the integers' own sum: what rounding adds must not meet the zero point
+          if (VALUE_FORM == TOKEN) back[t] *= VALUE_STEP;
+          below[t][g] += total * back[t];
+        }
+      }
+      int acc[TILES][per][4] = {};
+#pragma unroll
+      for (int i = 0; i < NT / 32; i++) {
+        u32 b[TILES][2];
+#pragma unroll
+        for (int t = 0; t < TILES; t++) {
+          const u32 four[4] = {u[t][4 * i], u[t][4 * i + 1], u[t][4 * i + 2], u[t][4 * i + 3]};
+          const u32 high = high_bytes(four), low = low_bytes(four);
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const int from = (j + 4 * h) * 4 + (lane >> 3);
+            const u32 x = shuffle(high, from), y = shuffle(low, from);
+            b[t][h] = (lane >> 2) & 1 ? y : x;
+          }
+        }
+#pragma unroll
+        for (int x = g * per; x < (g + 1) * per; x++) {
+          const int fragment = i * GROUPS16 + x;
+          const Words& word = v[fragment / VALUE_PLANES];
+          const int plane = fragment % VALUE_PLANES;
+          const u32 a[4] = {value_operand(word.x, plane), value_operand(word.y, plane), value_operand(word.z, plane),
+                            value_operand(word.w, plane)};
+#pragma unroll
+          for (int t = 0; t < TILES; t++) mma(acc[t][x - g * per], a[0], a[1], a[2], a[3], b[t][0], b[t][1]);
+        }
+        if (apart || i == NT / 32 - 1) {
+#pragma unroll
+          for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int x = 0; x < per; x++) {
+              const int at = g * per + x, plane = (i * GROUPS16 + at) % VALUE_PLANES;
+              const float f = back[t] * plane_factor(VALUE_TABLE, VALUE_BITS, plane);
+              int(&c)[4] = acc[t][x];
+              out[t][at][0] += (float)(c[0] * 256 + c[1]) * (SCALED ? f * factor[at][0] : f);
+              out[t][at][1] += (float)(c[2] * 256 + c[3]) * (SCALED ? f * factor[at][1] : f);
+              c[0] = c[1] = c[2] = c[3] = 0;
+            }
+        }
+      }
+    }
+  }
+
+  // exact tokens: the query as numbers of 16 bits and what they leave, for head lane / 8
+  DEVICE_MEMBER void split_query(u32 (&q)[TILES][CHUNKS32][4]) const {
+#pragma unroll
+    for (int t = 0; t < TILES; t++)
+#pragma unroll
+      for (int c = 0; c < CHUNKS32; c++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const float* x = query + (4 * t + (lane >> 3)) * QS + 32 * c + 8 * j + 2 * e;
+          const u32 high = pack_numbers(x[0], x[1]);
+          const float left = x[0] - number_to_float((u16)high), right = x[1] - number_to_float((u16)(high >> 16));
+          q[t][c][e] = (lane >> 2) & 1 ? pack_numbers(left, right) : high;
+        }
+  }
+
+  // 16 exact tokens: rows of keys r and r + 8, pairs of channels of values j, j + 8, j + 4, j + 12; zeros where not real
+  DEVICE_MEMBER void load_keys(Words (&k)[2][CHUNKS32], const u16* const (&from)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int c = 0; c < CHUNKS32; c++) {
+        k[half][c] = Words{0, 0, 0, 0};
+        if (from[half] != nullptr && 32 * c + 8 * j < HEAD) k[half][c] = load_once(from[half] + 32 * c + 8 * j);
+      }
+  }
+  DEVICE_MEMBER void load_values(u32 (&v)[4][GROUPS16], const u16* const (&from)[4]) const {
+#pragma unroll
+    for (int e = 0; e < 4; e++)
+#pragma unroll
+      for (int x = 0; x < GROUPS16; x++) {
+        v[e][x] = 0;
+        if (from[e] != nullptr && 16 * x < HEAD) v[e][x] = load_once_u32(from[e] + 16 * x + 2 * r);
+      }
+  }
+
+  DEVICE_MEMBER void exact_logits(const Words (&k)[2][CHUNKS32], const u32 (&q)[TILES][CHUNKS32][4], float softcap,
+                                  float (&s)[TILES][2]) const {
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      float c[4] = {};
+#pragma unroll
+      for (int x = 0; x < CHUNKS32; x++) {
+        mma(c, k[0][x].x, k[1][x].x, k[0][x].y, k[1][x].y, q[t][x][0], q[t][x][1]);
+        mma(c, k[0][x].z, k[1][x].z, k[0][x].w, k[1][x].w, q[t][x][2], q[t][x][3]);
+      }
+      s[t][0] = capped(c[0] + c[1], softcap), s[t][1] = capped(c[2] + c[3], softcap);
+    }
+  }
+
+  DEVICE_MEMBER void exact_mix(const u32 (&v)[4][GROUPS16], const float (&p)[TILES][2], const float (&weight)[TILES]) {
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      const u32 high = pack_numbers(p[t][0], p[t][1]);
+      const u32 low =
+          pack_numbers(p[t][0] - number_to_float((u16)high), p[t][1] - number_to_float((u16)(high >> 16)));
+      u32 b[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int from = (j + 4 * h) * 4 + (lane >> 3);
+        const u32 x = shuffle(high, from), y = shuffle(low, from);
+        b[h] = (lane >> 2) & 1 ? y : x;
+      }
+#pragma unroll
+      for (int x = 0; x < GROUPS16; x++) {
+        if (16 * x >= HEAD) continue;
+        float c[4] = {};
+        mma(c, __byte_perm(v[0][x], v[1][x], 0x5410), __byte_perm(v[0][x], v[1][x], 0x7632),
+            __byte_perm(v[2][x], v[3][x], 0x5410), __byte_perm(v[2][x], v[3][x], 0x7632), b[0], b[1]);
+        out[t][x][0] += (c[0] + c[1]) * weight[t];
+        out[t][x][1] += (c[2] + c[3]) * weight[t];
+      }
+    }
+  }
+};
+
+// the part of the coded tokens that a block of threads and a warp take: units of UNIT chunks of NT tokens
+struct Range {
+  int unit, end, chunk, last;
+  DEVICE_MEMBER Range(int limit, int splits) {
+    const int chunks = (limit + NT - 1) / NT, units = (chunks + UNIT - 1) / UNIT;
+    unit = (int)((i64)units * blockIdx.x / splits) + (int)(threadIdx.x >> 5);
+    end = (int)((i64)units * (blockIdx.x + 1) / splits);
+    chunk = unit * UNIT;
+    last = chunks;
+  }
+  DEVICE_MEMBER bool more() const { return unit < end && chunk < last; }
+  DEVICE_MEMBER void advance() {
+    if (++chunk % UNIT == 0) unit += WARPS, chunk = unit * UNIT;
+  }
+};
+
+DEVICE void load_codes(const Lane& lane, i64 row, int loads_per_chunk, int chunk, int x, Words& to) {
+  to = load_once(lane.codes + row * lane.code_stride + ((i64)chunk * loads_per_chunk + x) * 512 + (threadIdx.x & 31) * 16);
+}
+
+// the coded tokens of a part, chunk by chunk and run by run: visit(chunk's first token, begin, end, codes of the keys)
+template <class Visit, class Next>
+DEVICE void for_each_chunk(Warp& warp, const Work& w, i64 row, Visit visit, Next next) {
+  const Store& store = w.store;
+  const i64 coded_keys = store.keys.coded[row], coded_values = store.values.coded[row];
+  const int limit = (int)(coded_keys < coded_values ? coded_keys : coded_values);
+  const Lane& by_run = (KEY_FORM == CHANNEL && KEY_GROUP == 0) || KEY_FACTOR ? store.keys : store.values;
+  const i64* starts = by_run.starts + row * by_run.runs;
+  const int runs = BY_RUN ? by_run.runs : 1;
+  int run = 0;
+  Range range(limit, w.splits);
+  if (range.more()) next(range.chunk);
+  while (range.more()) {
+    const int t0 = range.chunk * NT, end = limit < t0 + NT ? limit : t0 + NT;
+    range.advance();
+    const int following = range.more() ? range.chunk : -1;
+    if (BY_RUN && runs > 1) {
+      while (run + 1 < runs && starts[run + 1] <= t0) run++;
+      int begin = t0;
+      for (int each = run; begin < end; each++) {
+        const int stop = each + 1 < runs && starts[each + 1] < end ? (int)starts[each + 1] : end;
+        if (stop <= begin) continue;
+        warp.enter(store, row, each);
+        visit(t0, begin, stop, stop == end ? following : -1);
+        begin = stop;
+      }
+    } else {
+      warp.enter(store, row, 0);
+      visit(t0, t0, end, following);
+    }
+  }
+}
+
+DEVICE void load_query(const Work& w, i64 row, const float* from, float* shared) {
+  const int first = blockIdx.z * ROWS;
+  for (int x = threadIdx.x; x < ROWS * DP; x += 32 * WARPS) {
+    const int q = x / DP, d = x % DP;
+    float y = 0.f;
+    if (first + q < w.query.count && d < HEAD) {
+      if (from != nullptr) {
+        y = from[(row * w.query.count + first + q) * HEAD + d];
+      } else {
+        const i64 batch = row / w.heads, head = row % w.heads * w.query.count + first + q;
+        y = number_to_float(w.query.numbers[batch * w.query.batch_stride + head * w.query.head_stride + d]);
+      }
+    }
+    shared[q * QS + d] = y * w.scale;
+  }
+  barrier();
+}
+
+// the map of calibrated logits: x -> (x - least) * slope + least - affine_low, for the heads that this lane holds
+DEVICE void calibration(const Work& w, i64 row, int j, float (&slope)[TILES], float (&lowest)[TILES]) {
+#pragma unroll
+  for (int t = 0; t < TILES; t++) {
+    const int q = blockIdx.z * ROWS + 4 * t + j;
+    float least = -LEAST, greatest = LEAST;
+    if (q < w.query.count)
+      for (int split = 0; split < w.splits; split++) {
+        const i64 at = ((i64)split * gridDim.y + row) * w.query.count + q;
+        least = fminf(least, w.least[at]), greatest = fmaxf(greatest, w.greatest[at]);
+      }
+    slope[t] = 1.f - (w.affine_high - w.affine_low) / (greatest - least + 1.442695e-8f);
+    if (!w.official) slope[t] = fmaxf(slope[t], 1e-3f);
+    lowest[t] = least;
+  }
+}
+
+DEVICE void attend_codes(Warp& warp, const Work& w, i64 row) {
+  Words k[KEY_LOADS], v[VALUE_LOADS];
+  float slope[TILES], least[TILES];
+  if (AFFINE) calibration(w, row, warp.j, slope, least);
+  auto load_keys = [&](int chunk) {
+#pragma unroll
+    for (int x = 0; x < KEY_LOADS; x++) load_codes(w.store.keys, row, KEY_LOADS, chunk, x, k[x]);
+  };
+  auto load_values = [&](int chunk) {
+#pragma unroll
+    for (int x = 0; x < VALUE_LOADS; x++) load_codes(w.store.values, row, VALUE_LOADS, chunk, x, v[x]);
+  };
+  for_each_chunk(
+      warp, w, row,
+      [&](int t0, int begin, int end, int following) {
+        float s[TILES][NT / 8], weight[TILES];
+        warp.logits(w, row, k, t0, s);
+        if (following >= 0) load_keys(following);
+        if (AFFINE) {
+#pragma unroll
+          for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int x = 0; x < NT / 8; x++) s[t][x] = (s[t][x] - least[t]) * slope[t] + (least[t] - w.affine_low);
+        }
+        const bool whole = end - begin == NT;
+        if (!whole) {
+#pragma unroll
+          for (int t = 0; t < TILES; t++)
+#pragma unroll
+            for (int x = 0; x < NT / 8; x++) {
+              const int token = t0 + 8 * x + warp.r;
+              if (token < begin || token >= end) s[t][x] = -infinity();
+            }
+        }
+        warp.weigh(s, weight);
+        if (whole)
+          warp.mix<false>(w.store, row, v, t0, s, weight);
+        else
+          warp.mix<true>(w.store, row, v, t0, s, weight);
+        if (following >= 0) load_values(following);
+      },
+      [&](int chunk) { load_keys(chunk), load_values(chunk); });
+  if (warp.run >= 0) warp.leave(w.store, row);
+}
+
+// keys of 16 tokens that are codes already while their values are exact still; slow, and few
+DEVICE void coded_logits(Warp& warp, const Work& w, i64 row, int t0, float (&s)[TILES][2]) {
+  if constexpr (KEY_FORM != EXACT) {
+    const Lane& keys = w.store.keys;
+    if constexpr (GROUPED) {
+      if (t0 / KEY_ENTRY != warp.entry) warp.slice_entry(keys, row, t0 / KEY_ENTRY);
+    }
+    const int group = t0 / 16, shift = KEY_BITS * (group % KEY_PLANES);
+    int c[TILES][4] = {};
+#pragma unroll
+    for (int x = 0; x < CHUNKS32; x++) {
+      Words word;
+      load_codes(keys, row, CHUNKS32, group / KEY_PLANES, x, word);
+      const u32 a[4] = {key_operand(word.x >> shift, 0), key_operand(word.y >> shift, 0), key_operand(word.z >> shift, 0),
+                        key_operand(word.w >> shift, 0)};
+#pragma unroll
+      for (int t = 0; t < TILES; t++) mma(c[t], a[0], a[1], a[2], a[3], warp.slices[t][x][0], warp.slices[t][x][1]);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float a = 1.f, b = 1.f;
+      if constexpr (KEY_FORM == TOKEN) {
+        const i64 at = row * keys.entry_stride + t0 + 8 * half + warp.r;
+        a = half_to_float(keys.scale[at]) * KEY_STEP, b = KEY_LOW ? half_to_float(keys.low[at]) : -KEY_ZERO * a;
+      }
+#pragma unroll
+      for (int t = 0; t < TILES; t++) {
+        const float x = (float)(c[t][2 * half] * 256 + c[t][2 * half + 1]) * warp.unit[t];
+        s[t][half] = warp.capped(x * a + warp.offset[t] * b, w.softcap);
+      }
+    }
+  }
+}
+
+// where the exact tokens of a row lie
+struct Exact {
+  const u16* keys;
+  const u16* values;
+  i64 key_stride, value_stride;
+  int key_ring, value_ring;
+  DEVICE_MEMBER const u16* key(int t) const { return keys + (i64)(key_ring ? t % key_ring : t) * key_stride; }
+  DEVICE_MEMBER const u16* value(int t) const { return values + (i64)(value_ring ? t % value_ring : t) * value_stride; }
+};
+
+// tokens [begin, end), 16 at a time and every WARPS-th of them from `first` on; keys before `coded` are codes
+DEVICE void attend_exact(Warp& warp, const Work& w, i64 row, const Exact& exact, int begin, int end, int coded, int first,
+                         const u32 (&q)[TILES][CHUNKS32][4]) {
+  Words k[2][CHUNKS32];
+  u32 v[4][GROUPS16];
+  auto load_keys = [&](int t0) {
+    const u16* from[2];
+    for (int half = 0; half < 2; half++) {
+      const int t = t0 + warp.r + 8 * half;
+      from[half] = t >= begin && t < end && t >= coded ? exact.key(t) : nullptr;
+    }
+    warp.load_keys(k, from);
+  };
+  auto load_values = [&](int t0) {
+    const u16* from[4];
+    for (int e = 0; e < 4; e++) {
+      const int t = t0 + warp.j + 4 * (e >> 1) + 8 * (e & 1);
+      from[e] = t >= begin && t < end ? exact.value(t) : nullptr;
+    }
+    warp.load_values(v, from);
+  };
+  int t0 = begin / 16 * 16 + 16 * first;
+  if (t0 < end) load_keys(t0), load_values(t0);
+  for (; t0 < end; t0 += 16 * WARPS) {
+    float s[TILES][2], weight[TILES];
+    warp.exact_logits(k, q, w.softcap, s);
+    if (t0 < coded) {
+      float other[TILES][2] = {};
+      coded_logits(warp, w, row, t0, other);
+#pragma unroll
+      for (int t = 0; t < TILES; t++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+          if (t0 + warp.r + 8 * half < coded) s[t][half] = other[t][half];
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int token = t0 + warp.r + 8 * half;
+#pragma unroll
+      for (int t = 0; t < TILES; t++)
+        if (token < begin || token >= end) s[t][half] = -infinity();
+    }
+    const int following = t0 + 16 * WARPS;
+    if (following < end) load_keys(following);
+    warp.weigh(s, weight);
+    warp.exact_mix(v, s, weight);
+    if (following < end) load_values(following);
+  }
+}
+
+DEVICE void attend_stored_exact(Warp& warp, const Work& w, i64 row) {
+  const Store& store = w.store;
+  const Lane &keys = store.keys, &values = store.values;
+  const Exact exact{keys.exact + row * keys.exact_room * HEAD, values.exact + row * values.exact_room * HEAD,
+                    HEAD, HEAD, keys.ring, values.ring};
+  u32 q[TILES][CHUNKS32][4];
+  warp.split_query(q);
+  const int length = (int)store.length[row], warp_index = threadIdx.x >> 5;
+  if constexpr (CODED) {
+    const int coded_keys = (int)keys.coded[row], coded_values = (int)values.coded[row];
+    const int begin = coded_keys < coded_values ? coded_keys : coded_values;
+    if (begin < coded_keys) warp.enter(store, row, 0);  // keys ahead of values never come in runs
+    attend_exact(warp, w, row, exact, begin, length, coded_keys, warp_index, q);
+  } else {
+    const int groups = (length + 15) / 16, splits = w.splits;
+    const int begin = (int)((i64)groups * blockIdx.x / splits) * 16, stop = (int)((i64)groups * (blockIdx.x + 1) / splits) * 16;
+    attend_exact(warp, w, row, exact, begin, stop < length ? stop : length, 0, warp_index, q);
+  }
+}
+
+DEVICE void attend_fresh(Warp& warp, const Work& w, i64 row) {
+  const Fresh& fresh = w.fresh;
+  const i64 batch = row / w.heads, head = row % w.heads;
+  const Exact exact{fresh.keys + batch * fresh.key_strides[0] + head * fresh.key_strides[1],
+                    fresh.values + batch * fresh.value_strides[0] + head * fresh.value_strides[1],
+                    fresh.key_strides[2], fresh.value_strides[2], 0, 0};
+  u32 q[TILES][CHUNKS32][4];
+  warp.split_query(q);
+  // from the last warp down: the first ones have more of the stored tokens
+  attend_exact(warp, w, row, exact, 0, fresh.count, 0, WARPS - 1 - (int)(threadIdx.x >> 5), q);
+}
+
+KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
+  SHARED float query[ROWS * QS], sums[WARPS][ROWS], mosts[WARPS][ROWS], outs[WARPS][ROWS][HEAD];
+  const i64 row = blockIdx.y;
+  const bool tail = blockIdx.x == w.splits;
+  load_query(w, row, ROTATED && !tail ? w.query.rotated : w.query.rows, query);
+  Warp warp;
+  warp.begin(query);
+  if (tail) {
+    if (CODED) attend_stored_exact(warp, w, row);
+    if (w.fresh.count) attend_fresh(warp, w, row);
+  } else if constexpr (CODED) {
+    attend_codes(warp, w, row);
+  } else {
+    attend_stored_exact(warp, w, row);
+  }
+  const int index = threadIdx.x >> 5;
+#pragma unroll
+  for (int t = 0; t < TILES; t++) {
+    float total = warp.sum[t];
+    total += shuffle_xor(total, 4);
+    total += shuffle_xor(total, 8);
+    total += shuffle_xor(total, 16);
+    const int q = 4 * t + warp.j;
+    if (warp.r == 0) mosts[index][q] = warp.most[t], sums[index][q] = total;
+#pragma unroll
+    for (int x = 0; x < GROUPS16; x++) {
+      if (16 * x >= HEAD) continue;
+      outs[index][q][16 * x + 2 * warp.r] = warp.out[t][x][0];
+      outs[index][q][16 * x + 2 * warp.r + 1] = warp.out[t][x][1];
+    }
+  }
+  barrier();
+  const int first = blockIdx.z * ROWS;
+  for (int x = threadIdx.x; x < ROWS * HEAD; x += 32 * WARPS) {
+    const int q = x / HEAD, d = x % HEAD;
+    if (first + q >= w.query.count) break;
+    float most = LEAST, sum = 0.f, out = 0.f;
+    for (int i = 0; i < WARPS; i++) most = fmaxf(most, mosts[i][q]);
+    for (int i = 0; i < WARPS; i++) {
+      const float f = exp2_fast(mosts[i][q] - most);
+      sum += sums[i][q] * f, out += outs[i][q][d] * f;
+    }
+    const i64 at = ((i64)blockIdx.x * gridDim.y + row) * w.query.count + first + q;
+    w.out[at * HEAD + d] = out;
+    if (d == 0) w.most[at] = most, w.sum[at] = sum;
+  }
+}
+
+#if AFFINE
+// the least and the greatest logit of each query over a part of the codes, before they are mapped
+KERNEL(32 * WARPS, BLOCKS) ranges(const Work w) {
+  SHARED float query[ROWS * QS], leasts[WARPS][ROWS], greatests[WARPS][ROWS];
+  const i64 row = blockIdx.y;
+  load_query(w, row, ROTATED ? w.query.rotated : w.query.rows, query);
+  Warp warp;
+  warp.begin(query);
+  float least[TILES], greatest[TILES];
+#pragma unroll
+  for (int t = 0; t < TILES; t++) least[t] = -LEAST, greatest[t] = LEAST;
+  Words k[KEY_LOADS];
+  auto load_keys = [&](int chunk) {
+#pragma unroll
+    for (int x = 0; x < KEY_LOADS; x++) load_codes(w.store.keys, row, KEY_LOADS, chunk, x, k[x]);
+  };
+  for_each_chunk(
+      warp, w, row,
+      [&](int t0, int begin, int end, int following) {
+        float s[TILES][NT / 8];
+        warp.logits(w, row, k, t0, s);
+        if (following >= 0) load_keys(following);
+#pragma unroll
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+          for (int x = 0; x < NT / 8; x++) {
+            const int token = t0 + 8 * x + warp.r;
+            if (token >= begin && token < end) least[t] = fminf(least[t], s[t][x]), greatest[t] = fmaxf(greatest[t], s[t][x]);
+          }
+      },
+      load_keys);
+  const int index = threadIdx.x >> 5;
+#pragma unroll
+  for (int t = 0; t < TILES; t++) {
+#pragma unroll
+    for (int far = 4; far < 32; far *= 2) {
+      least[t] = fminf(least[t], shuffle_xor(least[t], far));
+      greatest[t] = fmaxf(greatest[t], shuffle_xor(greatest[t], far));
+    }
+    if (warp.r == 0) leasts[index][4 * t + warp.j] = least[t], greatests[index][4 * t + warp.j] = greatest[t];
+  }
+  barrier();
+  const int q = threadIdx.x, first = blockIdx.z * ROWS;
+  if (q < ROWS && first + q < w.query.count) {
+    float low = leasts[0][q], high = greatests[0][q];
+    for (int i = 1; i < WARPS; i++) low = fminf(low, leasts[i][q]), high = fmaxf(high, greatests[i][q]);
+    const i64 at = ((i64)blockIdx.x * gridDim.y + row) * w.query.count + first + q;
+    w.least[at] = low, w.greatest[at] = high;
+  }
+}
+#endif

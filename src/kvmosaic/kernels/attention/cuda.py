@@ -1,0 +1,254 @@
+"""Attention over coded stores on an NVIDIA GPU: cuda.cu leaves a part for each split of each store, combine.cu joins them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvmosaic.codecs.rotated import rotation
+from kvmosaic.kernels import gpu
+from kvmosaic.kernels.attention.partial import Partial
+from kvmosaic.kernels.attention.reference import Affine
+from kvmosaic.kernels.layout import BLOCK, padded
+
+if TYPE_CHECKING:
+    from kvmosaic.stores.lane import Lane, LaneBytes
+
+WARPS = 4
+MOST_STORES = 4
+MOST_PARTS = 2048
+LOG2_E = math.log2(math.e)
+
+
+class Source(NamedTuple):
+    """A coded store as attention reads it."""
+
+    keys: LaneBytes
+    values: LaneBytes
+    length: Tensor
+    affine: Affine | None
+
+
+class _Query(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rows", "numbers", "rotated")),
+        *((name, ctypes.c_int64) for name in ("batch_stride", "head_stride")),
+        ("count", ctypes.c_int32),
+    ]
+
+
+class _Work(ctypes.Structure):
+    _fields_ = [
+        ("store", gpu.Store), ("query", _Query), ("fresh", gpu.Fresh),
+        *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "least", "greatest")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap", "affine_low", "affine_high")),
+        *((name, ctypes.c_int32) for name in ("heads", "splits", "official")),
+    ]  # fmt: skip
+
+
+class _Joined(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "rows", "lse", "numbers", "length")),
+        ("unrotate", ctypes.c_void_p * MOST_STORES),
+        ("first", ctypes.c_int32 * (MOST_STORES + 1)),
+        ("tails", ctypes.c_int32 * MOST_STORES),
+        *((name, ctypes.c_int32) for name in ("stores", "count")),
+    ]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is compiled for a store, and in how many parts its tokens are read."""
+
+    keys: gpu.Form
+    values: gpu.Form
+    macros: dict[str, str]
+    units: int  # of which a split takes some
+    rows_a_block: int
+
+
+def why_not(keys: Lane, values: Lane, channels: int, affine: bool = False) -> str | None:
+    """Why the kernels cannot serve a store of these lanes; None if they can."""
+    forms = gpu.form(keys.codec, "keys", channels), gpu.form(values.codec, "values", channels)
+    for each in forms:
+        if isinstance(each, str):
+            return each
+    key_form, value_form = forms
+    assert isinstance(key_form, gpu.Form) and isinstance(value_form, gpu.Form), "reasons were returned above"
+    alike = (keys.window, keys.flush) == (values.window, values.flush)
+    if (key_form.form == 0) != (value_form.form == 0):
+        return "one side is exact and the other is codes"
+    if key_form.rotation != value_form.rotation:
+        return "keys and values are rotated differently"
+    if alike:
+        return "calibrated logits beside exact tokens" if affine and keys.ring else None
+    if affine or key_form.rotation is not None or (_by_run(key_form) and _by_run(value_form)):
+        return "keys and values with windows of different sizes"
+    if keys.ring > values.window:
+        return "values that are encoded before their keys"
+    return None
+
+
+def _by_run(form: gpu.Form) -> bool:
+    return bool(form.factor) or (form.form == 1 and not form.group)
+
+
+def attend(
+    keys: LaneBytes,
+    values: LaneBytes,
+    length: Tensor,
+    query: Tensor,
+    scale: float,
+    softcap: float | None,
+    affine: Affine | None,
+    fresh: tuple[Tensor, Tensor] | None,
+) -> Partial | None:
+    """As the reference; None if the kernels do not run here or cannot serve these lanes."""
+    source = Source(keys, values, length, affine)
+    if gpu.why_not(query.device) or not serves(source):
+        return None
+    query = query.contiguous()
+    part = Partial(torch.empty_like(query), query.new_empty(query.shape[:3]))
+    attend_all([source], query, scale, softcap, fresh, part)
+    return part
+
+
+def serves(source: Source) -> bool:
+    keys, values = source.keys, source.values
+    return (
+        keys.channels == values.channels
+        and keys.ring.dtype in gpu.NUMBERS
+        and why_not(keys.lane, values.lane, keys.channels, source.affine is not None) is None
+    )
+
+
+def attend_all(
+    sources: Sequence[Source],
+    query: Tensor,
+    scale: float,
+    softcap: float | None,
+    fresh: tuple[Tensor, Tensor] | None,
+    into: Partial | Tensor,
+    grows: Tensor | None = None,
+) -> None:
+    """Attention over all the sources and the fresh tokens, joined, into `into`.
+
+    query: [B, H, M, D] float32 for a Partial of that shape; or [B, Hq, 1, D] in the model's type for a Tensor
+        [B, 1, Hq, D] of it.
+    fresh: exact keys and values [B, H, E, D] of the step itself. grows: a length [B, H], to be one more afterwards.
+    """
+    first = sources[0]
+    batch, heads = first.length.shape
+    channels, device = first.keys.channels, query.device
+    rows = query if isinstance(into, Partial) else None
+    count = query.shape[2] if rows is not None else query.shape[1] // heads
+    plans = [_plan(source, count, softcap) for source in sources]
+    kernels = [gpu.kernel("attention/cuda.cu", "attend", plan.macros, device) for plan in plans]
+    blocks = [batch * heads * -(-count // plan.rows_a_block) for plan in plans]
+    splits = [_splits(*each) for each in zip((plan.units for plan in plans), blocks, kernels, strict=True)]
+    tails = [
+        int((index == 0 and fresh is not None) or bool(source.keys.lane.ring or source.values.lane.ring))
+        for index, source in enumerate(sources)
+    ]
+    starts = [0]
+    for split, tail in zip(splits, tails, strict=True):
+        starts.append(starts[-1] + split + tail)
+    out = query.new_empty(starts[-1], batch * heads, count, channels, dtype=torch.float32)
+    numbers = out.new_empty(4, starts[-1], batch * heads, count)  # most, sum, least, greatest
+
+    joined = _Joined(stores=len(sources), count=count, out=out.data_ptr(), most=numbers[0].data_ptr())
+    joined.sum, joined.tails, joined.first = (
+        numbers[1].data_ptr(),
+        _ints(tails, MOST_STORES),
+        _ints(starts, MOST_STORES + 1),
+    )
+    held = []  # tensors that a launch still needs
+    for index, (source, plan, kernel) in enumerate(zip(sources, plans, kernels, strict=True)):
+        work = _Work(heads=heads, splits=splits[index], scale=scale * LOG2_E, softcap=(softcap or 0.0) * LOG2_E)
+        work.store = gpu.Store(gpu.describe(source.keys), gpu.describe(source.values), source.length.data_ptr())
+        work.query.count = count
+        if rows is not None:
+            work.query.rows = rows.data_ptr()
+        else:
+            work.query.numbers = query.data_ptr()
+            work.query.batch_stride, work.query.head_stride = query.stride()[:2]
+        if plan.keys.rotation is not None:
+            matrix = rotation(channels, plan.keys.rotation, device)
+            plain = query.float().view(batch, heads, count, channels) if rows is None else rows
+            back = _transposed(channels, plan.keys.rotation, device)
+            held += [turned := plain @ matrix, back]
+            work.query.rotated, joined.unrotate[index] = turned.data_ptr(), back.data_ptr()
+        if index == 0 and fresh is not None:
+            work.fresh = gpu.fresh(*fresh)
+        work.out, work.most, work.sum = (x[starts[index]].data_ptr() for x in (out, numbers[0], numbers[1]))
+        grid = (splits[index], batch * heads, blocks[index] // (batch * heads))
+        if source.affine is not None:
+            work.official = source.affine.official
+            work.affine_low, work.affine_high = source.affine.low * LOG2_E, source.affine.high * LOG2_E
+            work.least, work.greatest = (x[starts[index]].data_ptr() for x in (numbers[2], numbers[3]))
+            gpu.kernel("attention/cuda.cu", "ranges", plan.macros, device)(grid, work)
+        kernel((grid[0] + tails[index], *grid[1:]), work)
+    if isinstance(into, Partial):
+        joined.rows, joined.lse = into.out.data_ptr(), into.lse.data_ptr()
+    else:
+        joined.numbers = into.data_ptr()
+    joined.length = None if grows is None else grows.data_ptr()
+    macros = {"HEAD": str(channels), "NUMBER": plans[0].macros["NUMBER"]}
+    gpu.kernel("attention/combine.cu", "combine", macros, device)((batch * heads, count, 1), joined)
+
+
+def _ints(values: list[int], size: int) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * size)(*values)
+
+
+@lru_cache(maxsize=32)
+def _transposed(channels: int, seed: int, device: torch.device) -> Tensor:
+    return rotation(channels, seed, device).mT.contiguous()
+
+
+def _plan(source: Source, count: int, softcap: float | None) -> _Plan:
+    keys, values = source.keys, source.values
+    forms = gpu.form(keys.lane.codec, "keys", keys.channels), gpu.form(values.lane.codec, "values", keys.channels)
+    assert isinstance(forms[0], gpu.Form) and isinstance(forms[1], gpu.Form), "only asked of lanes that are served"
+    tiles = 1 if count <= 4 else 2
+    macros = {
+        "HEAD": str(keys.channels),
+        "NUMBER": str(gpu.NUMBERS[keys.ring.dtype]),
+        "TILES": str(tiles),
+        "BLOCKS": str(4 - tiles),  # of threads, resident in a multiprocessor
+        "SOFTCAP": str(int(softcap is not None)),
+        "AFFINE": str(int(source.affine is not None)),
+        "ROTATED": str(int(forms[0].rotation is not None)),
+        **forms[0].macros("keys"),
+        **forms[1].macros("values"),
+    }
+    if forms[0].form == 0:
+        units = -(-keys.buffers["numbers"].shape[2] // 16)
+    else:
+        units = keys.buffers["codes"].shape[2] * BLOCK // _unit(forms[0], forms[1], keys.channels)
+    return _Plan(forms[0], forms[1], macros, units, 4 * tiles)
+
+
+def _unit(keys: gpu.Form, values: gpu.Form, channels: int) -> int:
+    """Tokens that a warp takes at a time: NT * UNIT of cuda.cu."""
+    if keys.form == 1 and keys.group:
+        return BLOCK
+    planes = 8 // values.bits
+    return max(32, 16 * (8 // keys.bits), 32 * (planes // math.gcd(planes, padded(channels) // 16)))
+
+
+def _splits(units: int, blocks: int, kernel: gpu.Kernel) -> int:
+    """In how many parts to read: the fewest rounds of resident blocks of threads times what each warp has to do."""
+
+    def cost(splits: int) -> float:
+        rounds = -(-blocks * splits // kernel.resident)
+        return rounds * (-(-units // (WARPS * splits)) + 3)  # beginning and end cost about 3 units
+
+    return min(range(1, max(1, min(128, -(-units // WARPS))) + 1), key=cost)
