@@ -4,9 +4,10 @@ Start at `recipe.py`; `methods/` holds the papers, one file each.
 """
 
 from kvmosaic import methods
+from kvmosaic.decoding import Decoder, generate
 from kvmosaic.hooks import Cache, attach, compress, detach
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
 
-__all__ = ["Cache", "Recipe", "Report", "attach", "compress", "detach", "methods"]
+__all__ = ["Cache", "Decoder", "Recipe", "Report", "attach", "compress", "detach", "generate", "methods"]
 __version__ = "0.1.0"

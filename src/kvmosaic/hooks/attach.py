@@ -58,7 +58,7 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> None:
     name = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
 
     def prepare_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if _cache_in(model_kwargs) is None and generation_config.use_cache is not False:
+        if cache_in(model_kwargs) is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
                 raise ValueError(
                     f"cache_implementation={generation_config.cache_implementation!r} and an attached recipe exclude each "
@@ -93,7 +93,18 @@ def compress(model: PreTrainedModel, recipe: Recipe) -> Iterator[None]:
         detach(model)
 
 
-def _cache_in(arguments: dict[str, Any]) -> Any:
+@contextmanager
+def unhooked(model: PreTrainedModel) -> Iterator[None]:
+    """Without the calls before and after each forward pass, for steps that need none (and are compiled)."""
+    for hook in vars(model).pop(_HOOKED, ()):
+        hook.remove()
+    try:
+        yield
+    finally:
+        prepare(model)
+
+
+def cache_in(arguments: dict[str, Any]) -> Any:
     return next((arguments[name] for name in CACHE_ARGUMENTS if arguments.get(name) is not None), None)
 
 
@@ -118,7 +129,7 @@ class _Begin:
         self.visual_ids = models.visual_ids(config)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = _cache_in(kwargs)
+        cache = cache_in(kwargs)
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         entering = embeds if ids is None else ids
         if not isinstance(cache, Cache) or entering is None:
@@ -147,6 +158,6 @@ class _Begin:
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = _cache_in(kwargs)
+    cache = cache_in(kwargs)
     if isinstance(cache, Cache):
         cache.end()

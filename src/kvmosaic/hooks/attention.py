@@ -26,6 +26,8 @@ class Handle:
         self.layer, self.keys, self.values = layer, keys, values
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python and torch.compile ask for such names of any object
+            raise AttributeError(name)
         raise CacheMismatch(
             f"a compressed cache met an attention function that reads dense keys (it asked for .{name}). The cache was "
             "made for another model, or the model's attention was set again: use kvmosaic.Cache(model, recipe) with "

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache as TransformersCache
 from transformers import PreTrainedModel
@@ -51,6 +52,8 @@ class Cache(TransformersCache):  # type: ignore[misc]
         _check_selection(recipe, len(self._types))
         super().__init__(layers=self._empty_layers())
         self._context = models.context(model.config)
+        self.head_size = models.head_size(model.config)
+        self.pinned = False  # steps are kernels only (`decoding/captured.py`)
         self._running: dict[str, int] = {}  # during a forward pass: its thread, and how many hooked modules it is in
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +61,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
             raise CacheMismatch(
                 f"this cache has {len(self.layers)} layers ({self.fingerprint}), and layer {layer_idx} came"
             )
-        if self.recipe.visual is not None and not self._running:
+        if self.recipe.visual is not None and not self._running and not self.pinned:
             raise CacheMismatch(
                 "the text model was called by itself, and only the whole model is told which tokens are visual. Call that, "
                 "with input_ids"
@@ -108,6 +111,39 @@ class Cache(TransformersCache):  # type: ignore[misc]
         """Empty, as when it was made."""
         self.layers = self._empty_layers()  # transformers 5.17 only zeroes its own layers' numbers
         self._running.clear()
+        self.pinned = False
+
+    def why_not_pinned(self, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why decode steps over this cache cannot be kernels only; None if they can."""
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, CacheLayer):
+                return f"layer {index} does not attend to the whole context"
+            reason = layer.why_not_pinned(self.head_size, dtype, device)
+            if reason:
+                return reason
+        return None
+
+    def pin(self, tokens: int, live: Tensor) -> None:
+        """Every step from now on is one token a row, `tokens` at most; see `CacheLayer.pin`."""
+        for layer in self.layers:
+            layer.pin(tokens, live)
+        self.pinned = True
+
+    def load(self, other: "Cache", tokens: int) -> bool:
+        """Take over another cache's tokens into this one, that was pinned; False (and broken) if they have no room."""
+        self.pinned = all(mine.load(new, tokens) for mine, new in zip(self.layers, other.layers, strict=True))
+        return self.pinned
+
+    def count(self, steps: int) -> None:
+        """So many steps were kernels only, which the device alone has counted."""
+        for layer in self.layers:
+            layer.seen += steps
+
+    def unpin(self) -> None:
+        """Back to steps of any size, as any other cache."""
+        for layer in self.layers:
+            layer.unpin()
+        self.pinned = False
 
     def _empty_layers(self) -> list[Any]:
         return [

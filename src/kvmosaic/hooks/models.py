@@ -83,10 +83,14 @@ def visual_ids(config: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(each for each in ids if each is not None))
 
 
+def head_size(config: Any) -> int:
+    text = text_config(config)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def fingerprint(config: Any) -> str:
     """What a cache or a calibration file must agree on with a model: family and shape of its text model."""
-    text = text_config(config)
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    text, head = text_config(config), head_size(config)
     heads = f"{text.num_attention_heads}/{getattr(text, 'num_key_value_heads', None) or text.num_attention_heads}"
     return f"{config.model_type} {text.num_hidden_layers} layers, {heads} heads of {head}, hidden {text.hidden_size}, vocabulary {text.vocab_size}"
 

@@ -172,6 +172,8 @@ class Kernel:
 def why_not(device: torch.device) -> str | None:
     """Why no CUDA kernel runs on a device; None if they do. A reason is logged, once."""
     missing = None
+    if device.type != "cuda":
+        return f"the device is {device}, not an NVIDIA GPU"
     if torch.version.cuda is None:
         missing = "this build of torch has no CUDA"
     elif torch.cuda.get_device_capability(device) < (8, 0):

@@ -38,6 +38,10 @@ class Tier(Protocol):
         """How keys and how values are written, for arithmetic without tensors."""
         ...
 
+    def affine_of(self, layer: int) -> Affine | None:
+        """The map of its logits."""
+        ...
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -53,6 +57,9 @@ class Coded:
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
         return self.keys, self.values
 
+    def affine_of(self, layer: int) -> Affine | None:
+        return self.affine
+
 
 @dataclass(frozen=True)
 class PerLayer:
@@ -65,6 +72,9 @@ class PerLayer:
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
         return self.tiers[layer].lanes(layer)
+
+    def affine_of(self, layer: int) -> Affine | None:
+        return self.tiers[layer].affine
 
 
 class CodedStore:
@@ -103,6 +113,24 @@ class CodedStore:
         """Forget the slots from `length` [B, H] on; only where both lanes encode every token at once."""
         self.length = length
         self.keys.coded = self.values.coded = length
+
+    def pin(self, tokens: int) -> None:
+        """Room for `tokens` slots, in tensors that a captured step writes in place (until `put` needs more)."""
+        self.keys.pin(tokens)
+        self.values.pin(tokens)
+        self.length = self.length.clone()
+
+    @property
+    def room(self) -> int:
+        """Slots that both sides have room for."""
+        return min(self.keys.room, self.values.room)
+
+    def load(self, other: "CodedStore") -> bool:
+        """Take over another store's tokens into the tensors that are here; False if they have no room for them."""
+        if not (self.keys.load(other.keys) and self.values.load(other.values)):
+            return False
+        self.length.copy_(other.length)
+        return True
 
     def attend(
         self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None

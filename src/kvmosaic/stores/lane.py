@@ -130,6 +130,34 @@ class LaneBytes:
                 packed[name] = self.buffers[name][:, :, start // part.every : -(-stop // part.every)]
         return packed
 
+    def pin(self, tokens: int) -> None:
+        """Room for `tokens` slots and for the whole ring, in tensors that a captured step writes in place."""
+        self._reserve(tokens)
+        self._reserve_ring(self.lane.ring)
+        self.coded, self.free = self.coded.clone(), 0
+
+    @property
+    def room(self) -> int:
+        """Slots that there is room for."""
+        each = [
+            self.buffers[name].shape[2] * (BLOCK if part.dtype is torch.uint8 else part.every)
+            for name, part in self.parts.items()
+            if part.every is not None
+        ]
+        return min(each, default=0)
+
+    def load(self, other: "LaneBytes") -> bool:
+        """Take over the bytes of another lane into the tensors that are here; False if they have no room for them."""
+        pairs = [(buffer, other.buffers[name]) for name, buffer in self.buffers.items()] + [(self.ring, other.ring)]
+        if any(mine.shape[2] < theirs.shape[2] for mine, theirs in pairs) or self.starts.shape != other.starts.shape:
+            return False
+        for mine, theirs in pairs:
+            mine[:, :, : theirs.shape[2]] = theirs
+        self.coded.copy_(other.coded)
+        self.starts.copy_(other.starts)
+        self.free = 0
+        return True
+
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy encoded tokens from slots `source` to slots `target`, [B, H, n] each; for lanes that write one by one."""
         assert self.lane.one_by_one, "tokens that share parameters cannot be moved one by one"

@@ -12,7 +12,8 @@ struct Joined {
   float* rows;         // [rows][count][channels] float32 and
   float* lse;          // [rows][count]; or null, and then
   u16* numbers;        // [batch][query heads][channels] in the model's type
-  i64* length;         // [rows], to be one more; or null
+  i64* length;         // [rows], to be one more
+  const int* live;     // 0: the step is one too many, and lengths stay; null, and no lengths are told
   const float* unrotate[MOST_STORES];  // [channels][channels], for the codes of a store; null = as they are
   int first[MOST_STORES + 1];          // part that each store begins with, and how many there are
   int tails[MOST_STORES];              // 1: the store's last part is of exact tokens
@@ -82,5 +83,5 @@ KERNEL(THREADS, 8) combine(const Joined w) {
       w.numbers[at * HEAD + d] = (u16)pack_numbers(out[i] * inverse, 0.f);
   }
   if (thread == 0 && w.lse != nullptr) w.lse[at] = sum == 0.f ? -infinity() : (most + log2f(sum)) * 0.69314718f;
-  if (thread == 0 && q == 0 && w.length != nullptr) w.length[row]++;
+  if (thread == 0 && q == 0 && w.live != nullptr && *w.live) w.length[row]++;
 }

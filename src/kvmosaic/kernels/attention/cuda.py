@@ -55,7 +55,7 @@ class _Work(ctypes.Structure):
 
 class _Joined(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "rows", "lse", "numbers", "length")),
+        *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "rows", "lse", "numbers", "length", "live")),
         ("unrotate", ctypes.c_void_p * MOST_STORES),
         ("first", ctypes.c_int32 * (MOST_STORES + 1)),
         ("tails", ctypes.c_int32 * MOST_STORES),
@@ -136,13 +136,14 @@ def attend_all(
     softcap: float | None,
     fresh: tuple[Tensor, Tensor] | None,
     into: Partial | Tensor,
-    grows: Tensor | None = None,
+    grows: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Attention over all the sources and the fresh tokens, joined, into `into`.
 
     query: [B, H, M, D] float32 for a Partial of that shape; or [B, Hq, 1, D] in the model's type for a Tensor
         [B, 1, Hq, D] of it.
-    fresh: exact keys and values [B, H, E, D] of the step itself. grows: a length [B, H], to be one more afterwards.
+    fresh: exact keys and values [B, H, E, D] of the step itself.
+    grows: a length [B, H] int64, to be one more afterwards, and [1] int32: unless this is 0.
     """
     first = sources[0]
     batch, heads = first.length.shape
@@ -199,7 +200,8 @@ def attend_all(
         joined.rows, joined.lse = into.out.data_ptr(), into.lse.data_ptr()
     else:
         joined.numbers = into.data_ptr()
-    joined.length = None if grows is None else grows.data_ptr()
+    if grows is not None:
+        joined.length, joined.live = (x.data_ptr() for x in grows)
     macros = {"HEAD": str(channels), "NUMBER": plans[0].macros["NUMBER"]}
     gpu.kernel("attention/combine.cu", "combine", macros, device)((batch * heads, count, 1), joined)
 

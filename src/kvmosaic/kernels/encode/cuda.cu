@@ -44,6 +44,7 @@ struct Side {          // a lane to be written; a row is a KV head of a sequence
 struct Append {
   Side keys, values;
   const i64* length;   // [rows], the new token counted
+  const int* live;     // 0: no token is written
   Fresh fresh;         // that token
   int heads;
 };
@@ -262,6 +263,7 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
 #if APPENDS
 KERNEL(THREADS, 4) append(const Append w) {
   const i64 row = blockIdx.x, batch = row / w.heads, head = row % w.heads;
+  if (*w.live == 0) return;
   const int slot = (int)w.length[row] - 1;
   if (blockIdx.y == 0)
     append_to<Keys>(w.keys, row, (int)head, slot, w.fresh.keys + batch * w.fresh.key_strides[0] + head * w.fresh.key_strides[1]);

@@ -28,7 +28,8 @@ class _Side(ctypes.Structure):
 
 class _Append(ctypes.Structure):
     _fields_ = [
-        ("keys", _Side), ("values", _Side), ("length", ctypes.c_void_p), ("fresh", gpu.Fresh), ("heads", ctypes.c_int32),
+        ("keys", _Side), ("values", _Side), ("length", ctypes.c_void_p), ("live", ctypes.c_void_p), ("fresh", gpu.Fresh),
+        ("heads", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -85,10 +86,11 @@ def _write_run(lane: LaneBytes, x: Tensor, count: Tensor) -> None:
         lane.buffers[name] = torch.cat([lane.buffers[name], entry], 2)
 
 
-def append(keys: LaneBytes, values: LaneBytes, length: Tensor, new: tuple[Tensor, Tensor]) -> None:
+def append(keys: LaneBytes, values: LaneBytes, length: Tensor, live: Tensor, new: tuple[Tensor, Tensor]) -> None:
     """The token of a decode step, [B, H, 1, D] each side, into a store whose `length` [B, H] counts it already.
 
-    Nothing is allocated, and all lengths are read and written on the device: the store has room (`CodedStore.reserved`).
+    live: [1] int32; 0 = the step is one too many, and nothing is written. Nothing is allocated, and all lengths are read
+    and written on the device: the store has room (`CodedStore.pin`).
     """
     forms = [gpu.form(lane.lane.codec, lane.role, lane.channels) for lane in (keys, values)]
     key_form, value_form = forms
@@ -96,7 +98,7 @@ def append(keys: LaneBytes, values: LaneBytes, length: Tensor, new: tuple[Tensor
     key_side, held_keys = _side(keys, key_form, length.device)
     value_side, held_values = _side(values, value_form, length.device)
     batch, heads = length.shape
-    arguments = _Append(key_side, value_side, length.data_ptr(), gpu.fresh(*new), heads)
+    arguments = _Append(key_side, value_side, length.data_ptr(), live.data_ptr(), gpu.fresh(*new), heads)
     macros = _macros(keys, key_form, value_form) | {"APPENDS": "1"}
     gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, 2, 1), arguments)
     del held_keys, held_values

@@ -1,0 +1,86 @@
+"""A decode step in one layer, by kernels alone: the attention of one token over every store, and the token stored.
+
+An operator of torch, so that a compiled model can hold it. Its stores are found by a number: an operator takes no objects.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from kvmosaic.kernels import gpu
+from kvmosaic.kernels.attention import cuda
+from kvmosaic.kernels.encode import cuda as encode
+
+if TYPE_CHECKING:
+    from kvmosaic.kernels.attention import Affine
+    from kvmosaic.stores import CodedStore, Lane
+
+
+class Step:
+    """Stores of one layer, of which the first takes the new tokens; `live` [1] int32, 0 = nothing is stored."""
+
+    def __init__(self, stores: Sequence[CodedStore], live: Tensor) -> None:
+        self.stores, self.live = list(stores), live
+        # the lowest that is free: a compiled model holds numbers, and the next cache shall not be compiled anew
+        self.number = next(number for number in itertools.count() if number not in _steps)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
+        return register(copy.deepcopy(self.stores, memo), copy.deepcopy(self.live, memo))
+
+
+_steps: WeakValueDictionary[int, Step] = WeakValueDictionary()
+
+
+def register(stores: Sequence[CodedStore], live: Tensor) -> Step:
+    """A step that `run` can take, for as long as it is kept."""
+    step = Step(stores, live)
+    _steps[step.number] = step
+    return step
+
+
+def run(step: Step, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """query [B, Hq, 1, D], keys and values [B, H, 1, D] -> [B, 1, Hq, D] over the stores and the token itself; then the
+    token is stored."""
+    return _run(query, keys, values, step.number, scale, softcap)
+
+
+def why_not(
+    stores: Sequence[tuple[tuple[Lane, Lane], Affine | None]], channels: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why `run` cannot serve stores of these lanes (the first takes the new tokens); None if it can."""
+    if reason := gpu.why_not(device):
+        return reason
+    if dtype not in gpu.NUMBERS:
+        return f"the model's numbers are {dtype}; served are bfloat16 and float16"
+    if len(stores) > cuda.MOST_STORES:
+        return f"{len(stores)} stores in a layer, at most {cuda.MOST_STORES} are served"
+    for (keys, values), affine in stores:
+        if reason := cuda.why_not(keys, values, channels, affine is not None):
+            return reason
+    keys, values = stores[0][0]
+    return encode.why_not(keys.codec, "keys", channels) or encode.why_not(values.codec, "values", channels)
+
+
+@torch.library.custom_op("kvmosaic::step", mutates_args=())
+def _run(query: Tensor, keys: Tensor, values: Tensor, number: int, scale: float, softcap: float | None) -> Tensor:
+    step = _steps[number]
+    batch, heads, _, channels = query.shape
+    out = query.new_empty(batch, 1, heads, channels)
+    sources = [cuda.Source(store.keys, store.values, store.length, store.tier.affine) for store in step.stores]
+    first = sources[0]
+    cuda.attend_all(sources, query, scale, softcap, (keys, values), out, (first.length, step.live))
+    encode.append(first.keys, first.values, first.length, step.live, (keys, values))
+    return out
+
+
+@_run.register_fake
+def _(query: Tensor, keys: Tensor, values: Tensor, number: int, scale: float, softcap: float | None) -> Tensor:
+    batch, heads, _, channels = query.shape
+    return query.new_empty(batch, 1, heads, channels)
