@@ -1,0 +1,134 @@
+"""What the GPU benchmarks share: stores of random bytes, times by device events, the machine, and the results' file."""
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import triton
+from torch import Tensor
+
+from kvmosaic.codecs import Exact, Uniform
+from kvmosaic.recipe import Recipe
+from kvmosaic.stores import Coded, CodedStore, Lane
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def machine(commit: str) -> dict[str, Any]:
+    """commit: of this code; found by git where the benchmark runs in a clone."""
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit or found,
+        "command": f"python {' '.join(sys.argv)}",
+    }
+
+
+def write(name: str, setting: dict[str, Any], rows: list[dict[str, Any]], out: Path | None) -> None:
+    path = (out or RESULTS) / name
+    path.write_text(json.dumps({"setting": setting, "rows": rows}, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def microseconds(run: Callable[[], Any], seconds: float = 0.15, most: int = 300) -> float:
+    """Median time of one call on the device, by events around each."""
+    for _ in range(3):
+        run()
+    times: list[float] = []
+    total = 0.0
+    while (total < seconds * 1e6 and len(times) < most) or len(times) < 7:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        run()
+        events[1].record()
+        events[1].synchronize()
+        times.append(events[0].elapsed_time(events[1]) * 1e3)
+        total += times[-1]
+    return statistics.median(times)
+
+
+def graphed(run: Callable[[], Any]) -> Callable[[], Any]:
+    """The same work as one launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a device-to-device copy of 4 GiB."""
+    source = torch.empty(4 << 30, dtype=torch.uint8, device="cuda").random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / microseconds(lambda: target.copy_(source)) * 1e6
+
+
+def random_store(tier: Coded, batch: int, heads: int, tokens: int, channels: int, room: int = 0) -> CodedStore:
+    """A store of `tokens` tokens in bfloat16 that nobody encoded: random codes, scales and exact numbers."""
+    empty = torch.empty(batch, heads, 0, channels, dtype=torch.bfloat16, device="cuda")
+    store = CodedStore(tier, empty, empty)
+    for lane in (store.keys, store.values):
+        lane._reserve(tokens + room)
+        lane._reserve_ring(min(lane.lane.ring, tokens))
+        for name, buffer in lane.buffers.items():
+            if lane.parts[name].every is None:
+                buffer = lane.buffers[name] = buffer.new_empty(batch, heads, 1, buffer.shape[3])
+            _fill(buffer, name)
+        lane.ring.normal_()
+        exact = max(0, tokens - lane.lane.window) // lane.lane.flush * lane.lane.flush
+        lane.coded.fill_(exact)
+        if lane.by_run:
+            lane.starts = lane.coded.new_zeros(batch, heads, 1)
+    store.length.fill_(tokens)
+    return store
+
+
+def _fill(buffer: Tensor, name: str) -> None:
+    if buffer.dtype is torch.uint8:
+        buffer.random_()
+    elif name == "low":
+        buffer.uniform_(-1.5, -0.5)
+    elif name == "scale":
+        buffer.uniform_(0.2, 0.6)
+    else:
+        buffer.normal_()
+
+
+def nbytes(store: CodedStore) -> int:
+    """Bytes that a step has to read: the tensors of the store."""
+    return sum(tensor.nbytes for _, _, tensor in store.tensors())
+
+
+def by_run(bits: int) -> Coded:
+    """CalibQuant's form: one range a channel."""
+    lane = Lane(Uniform(bits=bits, axis="channel"))
+    return Coded(lane, lane)
+
+
+def kivi(bits: int, group: int = 128) -> Coded:
+    """Keys by channel over `group` tokens, values by token; the newest tokens exact."""
+    keys = Lane(Uniform(bits=bits, axis="channel", group=group), flush=128)
+    return Coded(keys, Lane(Uniform(bits=bits, axis="token", group=None if group == 128 else group), window=128))
+
+
+EXACT = Coded(Lane(Exact()), Lane(Exact()))
+
+
+def tier_of(recipe: Recipe) -> Coded:
+    assert recipe.tiers is not None and isinstance(recipe.tiers[0], Coded), "these benchmarks are of one tier"
+    return recipe.tiers[0]
