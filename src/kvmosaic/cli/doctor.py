@@ -8,8 +8,15 @@ from typing import Any
 import torch
 
 import kvmosaic
-from kvmosaic import kernels
+from kvmosaic import kernels, methods
 from kvmosaic.cli.output import Json, show
+from kvmosaic.errors import NeedsCalibration
+from kvmosaic.hooks.layer import EXACT, CacheLayer
+from kvmosaic.kernels.attention import cpu
+from kvmosaic.recipe import Recipe
+
+HEAD_SIZE = 128
+"""Of most models; what serves can depend on it."""
 
 
 def doctor(json_file: Json = None) -> None:
@@ -21,6 +28,7 @@ def doctor(json_file: Json = None) -> None:
     )
     rows.append({"what": "gpu", "state": _gpu()})
     rows += _kernels()
+    rows += [{"what": f"method {name}", "state": _served(name)} for name in methods.names()]
     show(rows, "doctor", json_file)
 
 
@@ -32,3 +40,24 @@ def _gpu() -> str:
 
 def _kernels() -> list[dict[str, Any]]:
     return [{"what": f"kernels on {device}", "state": state} for device, state in kernels.status().items()]
+
+
+def _served(name: str) -> str:
+    """Which kernels serve a method as it is by default, for heads of 128 channels in bfloat16."""
+    try:
+        recipe = methods.get(name)()
+    except NeedsCalibration:
+        return "as its scorer and its tiers: it needs a file first"
+    layer = CacheLayer(0, 1, recipe)
+    captured = layer.why_not_pinned(HEAD_SIZE, torch.bfloat16, device=None)
+    return f"CPU {_compiled(recipe)}; captured on a GPU: {captured or 'yes'}"
+
+
+def _compiled(recipe: Recipe) -> str:
+    tiers = [*(recipe.tiers or (EXACT,)), *([recipe.visual] if recipe.visual else [])]
+    reasons = [
+        cpu.why_not(lane.codec, role, HEAD_SIZE)  # type: ignore[arg-type]
+        for tier in tiers
+        for lane, role in zip(tier.lanes(0), ("keys", "values"), strict=True)
+    ]
+    return next((f"PyTorch ({reason})" for reason in reasons if reason), "compiled")

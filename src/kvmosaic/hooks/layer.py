@@ -144,8 +144,11 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     # steps of one token that are kernels only, so that a CUDA graph can hold them
 
-    def why_not_pinned(self, channels: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why steps of this layer, filled by a prompt, cannot be kernels only; None if they can. channels: the head size."""
+    def why_not_pinned(self, channels: int, dtype: torch.dtype, device: torch.device | None) -> str | None:
+        """Why steps of this layer, filled by a prompt, cannot be kernels only; None if they can.
+
+        channels: the head size. device: None = any GPU.
+        """
         recipe = self.recipe
         if isinstance(recipe.selection, Evicting | Gathering):
             return "its selection goes on while decoding"

@@ -52,10 +52,13 @@ def run(step: Step, query: Tensor, keys: Tensor, values: Tensor, scale: float, s
 
 
 def why_not(
-    stores: Sequence[tuple[tuple[Lane, Lane], Affine | None]], channels: int, dtype: torch.dtype, device: torch.device
+    stores: Sequence[tuple[tuple[Lane, Lane], Affine | None]],
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device | None,
 ) -> str | None:
-    """Why `run` cannot serve stores of these lanes (the first takes the new tokens); None if it can."""
-    if reason := gpu.why_not(device):
+    """Why `run` cannot serve stores of these lanes (the first takes the new tokens); None if it can. device: None = any."""
+    if device is not None and (reason := gpu.why_not(device)):
         return reason
     if dtype not in gpu.NUMBERS:
         return f"the model's numbers are {dtype}; served are bfloat16 and float16"
