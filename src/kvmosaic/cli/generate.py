@@ -7,10 +7,10 @@ import torch
 import typer
 from rich.markup import escape
 
-from kvmosaic import methods
+from kvmosaic import decoding, methods
 from kvmosaic.cli.output import Device, Dtype, console, open_quietly
 from kvmosaic.evals.example import PICTURE
-from kvmosaic.hooks import Cache
+from kvmosaic.hooks.attach import cache_in
 from kvmosaic.loading import open_picture
 
 
@@ -65,12 +65,12 @@ def generate(
     opened = open_quietly(model, dtype, device)
     missing = PICTURE * (len(pictures) - prompt.count(PICTURE))
     inputs = opened.inputs(missing + prompt if raw else opened.chat(prompt, pictures), pictures)
-    cache = Cache(opened.model, recipe)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if sample else {"do_sample": False}
     torch.manual_seed(seed)
     printer = Printer(opened.tokenizer)
     begin = time.perf_counter()
-    opened.model.generate(**inputs, **options, past_key_values=cache, max_new_tokens=max_new_tokens, streamer=printer)
+    options |= {"max_new_tokens": max_new_tokens, "streamer": printer, "return_dict_in_generate": True}
+    cache = cache_in(decoding.generate(opened.model, method=recipe, **(inputs | options)))
     speed = f"prompt {printer.first - begin:.2f} s"
     if len(printer.ids) > 1:
         each = (printer.last - printer.first) / (len(printer.ids) - 1)

@@ -34,6 +34,7 @@ from kvmosaic.hooks.attach import CACHE_ARGUMENTS, cache_in, unhooked
 from kvmosaic.hooks.cache import Cache
 from kvmosaic.hooks.layer import EXACT
 from kvmosaic.recipe import Recipe
+from kvmosaic.report import size
 
 WARM_UP = 3
 """Steps that run as they are before one is captured: libraries set themselves up, and compilation happens."""
@@ -53,8 +54,8 @@ def generate(
     """`model.generate(**arguments)` with a cache of `method` (None: exact), its steps captured where that is possible.
 
     compiled: the model's own part of a step goes through torch.compile first; None = on a GPU it does.
-    Where steps cannot be captured (no GPU, a recipe or a model that does not allow it) a warning says why, once, and
-    generate runs as it is. Takes what generate takes, `streamer`, `return_dict_in_generate` and `past_key_values` too.
+    Where steps cannot be captured (no GPU, a recipe or a model that does not allow it) the log says why, once, and generate
+    runs as it is. Takes what generate takes, `streamer`, `return_dict_in_generate` and `past_key_values` too.
     Raises ValueError for beams, assistants and scores, which a captured step does not have.
     """
     decoder = Decoder(model, method, compiled=compiled)
@@ -84,9 +85,9 @@ class Decoder:
         capacity: int = 0,
         compiled: bool | None = None,
     ) -> None:
-        recipe = method or Recipe()
-        # also the exact cache is one of ours: transformers' own grows by copying
-        self.recipe = Recipe(tiers=(EXACT,), name=recipe.name or "exact") if recipe.is_exact else recipe
+        self.method = method or Recipe()
+        # captured, the exact cache is one of ours too: transformers' own grows by copying
+        self.recipe = Recipe(tiers=(EXACT,), name="exact") if self.method.is_exact else self.method
         self.model, self.capacity = model, capacity
         self.compiled = model.device.type == "cuda" if compiled is None else compiled
         self._steps: _Steps | None = None
@@ -103,16 +104,15 @@ class Decoder:
 
     def generate(self, *, streamer: Any = None, **arguments: Any) -> Any:
         """As transformers' `generate`."""
-        parameters = inspect.signature(self.model.forward).parameters
         given = cache_in(arguments)
-        if given is None:
-            name = next(name for name in CACHE_ARGUMENTS if name in parameters)
-            arguments[name] = Cache(self.model, self.recipe)
-        elif not isinstance(given, Cache):
+        if given is not None and not isinstance(given, Cache):
             raise ValueError(f"the cache must be a kvmosaic.Cache, got {type(given).__name__}")
         reason = self.why_not() if given is None else given.why_not_pinned(self.model.dtype, self.model.device)
+        if given is None:
+            recipe = self.recipe if reason is None else self.method
+            arguments[_cache_argument(self.model)] = Cache(self.model, recipe)
         if reason is not None:
-            _warn(f"decoding is not captured, and generate runs as it is: {reason}")
+            _tell(f"decoding is not captured, and generate runs as it is: {reason}", self.model.device.type)
             return self.model.generate(streamer=streamer, **arguments)
 
         def decode(
@@ -175,9 +175,15 @@ class Decoder:
         if self._steps is not None and self._steps.take(cache, tensors, choice, most):
             return self._steps
         self.release()  # before new memory is taken
-        return _Steps(
-            self.model, cache, tensors, choice, max(most, self.capacity - cache.get_seq_length()), self.compiled
-        )
+        room = max(most, self.capacity - cache.get_seq_length())
+        try:
+            return _Steps(self.model, cache, tensors, choice, room, self.compiled)
+        except torch.OutOfMemoryError as error:
+            free, _ = torch.cuda.mem_get_info(self.model.device)
+            raise MemoryError(
+                f"no room on the GPU for {room} more tokens: the cache holds {size(cache.nbytes())} and {size(free)} are free. "
+                "Take fewer new tokens or rows, or fewer bits; `kvmosaic plan` says what fits"
+            ) from error
 
 
 class _Choice:
@@ -249,8 +255,7 @@ class _Steps:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.done = 0
         cache.pin(room, self.live)
-        name = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
-        self.arguments = {name: cache, "use_cache": True, "return_dict": True}
+        self.arguments = {_cache_argument(model): cache, "use_cache": True, "return_dict": True}
         self.forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
 
     def take(self, cache: Cache, tensors: dict[str, Tensor], choice: _Choice, most: int) -> bool:
@@ -336,6 +341,11 @@ class _Steps:
         self.live.copy_(~self.ended.all())
 
 
+def _cache_argument(model: PreTrainedModel) -> str:
+    return next(name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
+
+
 @lru_cache(maxsize=64)
-def _warn(text: str) -> None:
-    log.warning(text)
+def _tell(text: str, device: str) -> None:
+    """Once; a warning where there is a GPU that could do better."""
+    log.log(logging.WARNING if device == "cuda" else logging.INFO, text)

@@ -1,0 +1,121 @@
+"""What a prompt costs on a GPU, and how much memory an answer takes: python benchmarks/gpu/prefill.py
+
+Encoding alone: the bytes that come in over the bandwidth of a device-to-device copy. A prompt of 8,192 tokens through an 8B model
+(Llama-3.1-8B's geometry, random weights) with a compressed cache against the exact one. The peak of a whole generate against
+weights, stored bytes and one layer's dense keys and values.
+"""
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import by_run, copy_bandwidth, kivi, machine, microseconds, tier_of, write
+from decode import CONFIG, random_model, recipe
+
+import kvmosaic
+from kvmosaic import Cache, methods
+from kvmosaic.kernels.encode import cuda as encode
+from kvmosaic.stores import Coded, LaneBytes
+
+RECIPES = ["exact", "kivi bits=4 group=128", "kivi bits=2", "mosaic bits=2"]
+
+
+def encoding(bandwidth: float) -> list[dict[str, Any]]:
+    batch, heads, tokens, size = 16, 8, 8192, CONFIG.head_dim
+    x = torch.randn(batch, heads, tokens, size, device="cuda").bfloat16()
+    count = torch.full((batch, heads), tokens, device="cuda")
+    rows = []
+    tiers: dict[str, Coded] = {
+        **{f"runs {bits}": by_run(bits) for bits in (4, 2, 1)},
+        **{f"kivi {bits}, groups of 32": kivi(bits, 32) for bits in (4, 2)},
+        **{f"mosaic {bits}": tier_of(methods.get("mosaic")(bits=bits)) for bits in (4, 2, 1)},
+    }
+    for name, tier in tiers.items():
+        for role, settings in (("keys", tier.keys), ("values", tier.values)):
+            lane = LaneBytes(settings, role, x[:, :, :0])  # type: ignore[arg-type]
+            lane._reserve(tokens)
+
+            def run() -> None:
+                for part, each in lane.parts.items():  # noqa: B023 (called at once)
+                    if each.every is None:  # each call is a run of its own
+                        lane.buffers[part] = lane.buffers[part][:, :, :0]  # noqa: B023
+                assert encode.write(lane, x, count)  # noqa: B023
+
+            each = microseconds(run)
+            held = x.nbytes + sum(buffer.nbytes for buffer in lane.buffers.values())
+            share = held / bandwidth * 1e6 / each
+            rows.append(
+                {"what": f"encode {name}, {role}", "microseconds": each, "bytes": held, "share of the floor": share}
+            )
+            print(f"{rows[-1]['what']:36} {each:8.0f} us  {100 * share:5.1f} %", flush=True)
+    return rows
+
+
+def prompts(model: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    ids = torch.randint(CONFIG.vocab_size, (1, 8192), device="cuda")
+    for text in RECIPES:
+
+        def run() -> None:
+            with torch.no_grad():
+                model(input_ids=ids, past_key_values=Cache(model, recipe(text)), use_cache=True, logits_to_keep=1)  # noqa: B023
+
+        each = microseconds(run, 1.0, 7)
+        rows.append(
+            {
+                "what": f"prompt of 8,192, {text}",
+                "microseconds": each,
+                "against exact": each / (rows or [{"microseconds": each}])[0]["microseconds"],
+            }
+        )
+        print(f"{rows[-1]['what']:36} {each:8.0f} us  {rows[-1]['against exact']:5.3f}x", flush=True)
+    return rows
+
+
+def peaks(model: Any) -> list[dict[str, Any]]:
+    rows = []
+    batch, tokens = 8, 8192
+    weights = torch.cuda.memory_allocated()
+    ids = torch.randint(CONFIG.vocab_size, (batch, tokens), device="cuda")
+    layer = 2 * batch * tokens * CONFIG.num_key_value_heads * CONFIG.head_dim * 2
+    for text in RECIPES:
+        torch.cuda.reset_peak_memory_stats()
+        out = kvmosaic.generate(
+            model, method=recipe(text), input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False,
+            compiled=False, return_dict_in_generate=True,
+        )  # fmt: skip
+        stored = out.past_key_values.nbytes()
+        peak = torch.cuda.max_memory_allocated()
+        beyond = peak - weights - stored - layer
+        rows.append({"what": f"8 x 8k and 64 new, {text}", "peak": peak, "weights": weights, "stored": stored,
+                     "one layer dense": layer, "beyond": beyond})  # fmt: skip
+        print(
+            f"{rows[-1]['what']:36} peak {peak / 2**30:6.2f} GiB, stored {stored / 2**30:5.2f}, beyond {beyond / 2**30:5.2f}",
+            flush=True,
+        )
+        del out
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--commit", default="", help="of this code, where it is no clone")
+    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    setting = machine(arguments.commit) | {"copy bandwidth, bytes a second": bandwidth}
+    print(setting, flush=True)
+    rows = encoding(bandwidth)
+    torch.cuda.empty_cache()
+    model = random_model()
+    rows += prompts(model) + peaks(model)
+    write("gpu_prefill.json", setting, rows, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
