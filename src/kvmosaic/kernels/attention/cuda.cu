@@ -1,8 +1,8 @@
 // Attention of a step's queries over one coded store, on the codes as they lie: no code is ever turned back into a number.
 //
-// A block of threads takes one part of one KV head's tokens: the codes in as many parts as the grid has splits, and in a
-// last part ("tail") the tokens that are still exact, with the step's own. Each part leaves maximum, sum and output; the
-// kernel `combine` joins them, in order, so the same input gives the same bits.
+// A block of threads takes one part of one KV head's tokens: some of the codes, some of the tokens that are still exact, and
+// the last part the step's own; of rotated codes a part of its own has all that is exact. Each part leaves maximum, sum and
+// output; the kernel `combine` joins them, in order, so the same input gives the same bits.
 //
 // Integer products: a logit is sum of query times scale times code. The scaled query is written as 15-bit integers in two
 // signed bytes (columns 2h and 2h + 1 of the product are the high and the low byte of head h), codes are the unsigned
@@ -13,7 +13,7 @@
 //   FORM 0 exact, 1 ranges by channel, 2 ranges by token; BITS;
 //   GROUP (keys) tokens that share a channel's range, 0 = a run; GROUPS (values) ranges of a token;
 //   FACTOR 1 = channel factors once a run; LOW 1 = low is stored, 0 = number = STEP * scale * (code - ZERO);
-//   TABLE 1 = a code stands for a byte of LEVELS, four words of them.
+//   TABLE 1 = a code stands for a byte of LEVELS, four words of them. RUNS 1 = there is more than one run.
 #include "warp.cuh"
 
 enum { EXACT, CHANNEL, TOKEN };
@@ -28,6 +28,7 @@ constexpr bool GROUPED = KEY_FORM == CHANNEL && KEY_GROUP > 0;
 constexpr int KEY_ENTRY = GROUPED ? KEY_GROUP : 1;
 constexpr bool BY_RUN = (KEY_FORM == CHANNEL && KEY_GROUP == 0) || KEY_FACTOR || VALUE_FORM == CHANNEL || VALUE_FACTOR;
 constexpr bool SCALED = VALUE_FORM == CHANNEL || VALUE_FACTOR;  // output channels have factors of their own
+constexpr bool WIDE = !CODED && HEAD % 64 == 0;         // a lane's output channels are neighbours: loads of 16 bytes
 constexpr int UNIT = GROUPED ? BLOCK / NT : 1;  // chunks in a row for one warp, which then scales the query once a group
 constexpr int QS = DP + 16;                     // a query row in shared memory, apart by half of the banks
 constexpr float MOST = 32512.f;                 // 127 * 256: the largest that two signed bytes hold, and even
@@ -80,7 +81,11 @@ DEVICE u32 low_bytes(const u32 (&u)[4]) {
   return __byte_perm(__byte_perm(u[0], u[1], 0x0040), __byte_perm(u[2], u[3], 0x0040), 0x5410) ^ 0x80808080u;
 }
 // x in -MOST ... MOST: its nearest integer v, plus 128, in the low 16 bits
-DEVICE float fixed_point(float x) { return x + 12583040.f; }  // 1.5 * 2^23 + 128
+DEVICE u32 fixed_point(float x) { return __float_as_uint(x + 12583040.f); }  // 1.5 * 2^23 + 128
+constexpr u32 FIXED_ZERO = 0x4b400080u;
+
+// where output [x][half] of a lane lies among the channels
+DEVICE int output_channel(int x, int r, int half) { return (WIDE ? r * (HEAD / 8) + 2 * x : 16 * x + 2 * r) + half; }
 
 struct Warp {
   int lane, r, j;
@@ -106,49 +111,46 @@ struct Warp {
     for (int x = 0; x < GROUPS16; x++) factor[x][0] = factor[x][1] = 1.f;
   }
 
-  // the query times `scales` in two bytes, and its product with `lows` (or its sum): for one range of each channel
+  // the query times `scales` in two bytes, and its product with `lows` (or its sum): for one range of each channel.
+  // The lanes of a head's high and of its low bytes (4 apart) do half of the channels each, and exchange.
   DEVICE_MEMBER void slice(const u16* scales, const u16* lows) {
+    const bool low_lane = (lane >> 2) & 1;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-      const float* q = query + (4 * t + (lane >> 3)) * QS + 4 * j;
-      float x[CHUNKS32][8], largest = 0.f, along = 0.f;
+      float x[CHUNKS32][4], largest = 0.f, along = 0.f;
 #pragma unroll
-      for (int c = 0; c < CHUNKS32; c++)
+      for (int c = 0; c < CHUNKS32; c++) {
+        const int d = 32 * c + (low_lane ? 16 : 0) + 4 * j;
+        const bool real = HEAD % 32 == 0 || d < HEAD;
+        const float* q = query + (4 * t + (lane >> 3)) * QS + d;
+        u32 s[2] = {0, 0}, b[2] = {0, 0};
+        if (scales != nullptr && real) s[0] = *(const u32*)(scales + d), s[1] = *(const u32*)(scales + d + 2);
+        if (lows != nullptr && real) b[0] = *(const u32*)(lows + d), b[1] = *(const u32*)(lows + d + 2);
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          const int d = 32 * c + 16 * h;
-          const bool real = d < HEAD;
-          u32 s[2], b[2];
-          if (scales != nullptr && real) {
-            s[0] = *(const u32*)(scales + d + 4 * j), s[1] = *(const u32*)(scales + d + 4 * j + 2);
-          }
-          if (lows != nullptr && real) {
-            b[0] = *(const u32*)(lows + d + 4 * j), b[1] = *(const u32*)(lows + d + 4 * j + 2);
-          }
-#pragma unroll
-          for (int e = 0; e < 4; e++) {
-            float y = real ? q[d + e] : 0.f;
-            if (lows != nullptr && real) along += y * half_to_float((u16)(b[e >> 1] >> (16 * (e & 1))));
-            if (scales != nullptr && real) y *= half_to_float((u16)(s[e >> 1] >> (16 * (e & 1))));
-            if (lows == nullptr) along += y;
-            x[c][4 * h + e] = y;
-            largest = max_or_nan(largest, fabsf(y));
-          }
+        for (int e = 0; e < 4; e++) {
+          float y = q[e];  // zero beyond the head's channels
+          if (lows != nullptr) along += y * half_to_float((u16)(b[e >> 1] >> (16 * (e & 1))));
+          if (scales != nullptr) y *= half_to_float((u16)(s[e >> 1] >> (16 * (e & 1))));
+          if (lows == nullptr) along += y;
+          x[c][e] = y;
+          largest = max_or_nan(largest, fabsf(y));
         }
-      largest = max_or_nan(largest, shuffle_xor(largest, 1));
-      largest = max_or_nan(largest, shuffle_xor(largest, 2));
-      along += shuffle_xor(along, 1);
-      along += shuffle_xor(along, 2);
+      }
+#pragma unroll
+      for (int far = 1; far < 8; far *= 2) {
+        largest = max_or_nan(largest, shuffle_xor(largest, far));
+        along += shuffle_xor(along, far);
+      }
       const float inverse = largest > 0.f ? MOST / largest : 0.f;
 #pragma unroll
-      for (int c = 0; c < CHUNKS32; c++)
+      for (int c = 0; c < CHUNKS32; c++) {
+        u32 u[4];
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          u32 u[4];
-#pragma unroll
-          for (int e = 0; e < 4; e++) u[e] = __float_as_uint(fixed_point(x[c][4 * h + e] * inverse));
-          slices[t][c][h] = (lane >> 2) & 1 ? low_bytes(u) : high_bytes(u);
-        }
+        for (int e = 0; e < 4; e++) u[e] = fixed_point(x[c][e] * inverse);
+        const u32 high = high_bytes(u), low = low_bytes(u);
+        const u32 mine = low_lane ? low : high, other = shuffle(low_lane ? high : low, lane ^ 4);
+        slices[t][c][0] = low_lane ? other : mine, slices[t][c][1] = low_lane ? mine : other;
+      }
       unit[t] = shuffle(largest * (1.f / MOST), 8 * j);
       offset[t] = shuffle(along, 8 * j);
     }
@@ -170,20 +172,36 @@ struct Warp {
       slice(KEY_FACTOR ? store.keys.channel + (row * store.keys.runs + run) * HEAD : nullptr, nullptr);
     }
     if constexpr (SCALED) {
-      const Lane& v = store.values;
-      const u16* from = VALUE_FORM == CHANNEL ? v.scale + row * v.entry_stride + (i64)run * HEAD
-                                              : v.channel + (row * v.runs + run) * HEAD;
+      load_factors(store, row);
+      if (!RUNS) {  // so far in numbers, from here on in codes
 #pragma unroll
-      for (int x = 0; x < GROUPS16; x++) {
-        if (16 * x >= HEAD) continue;
-        const u32 two = *(const u32*)(from + 16 * x + 2 * r);
-        factor[x][0] = half_to_float((u16)two), factor[x][1] = half_to_float((u16)(two >> 16));
+        for (int t = 0; t < TILES; t++)
+#pragma unroll
+          for (int x = 0; x < GROUPS16; x++) out[t][x][0] /= factor[x][0], out[t][x][1] /= factor[x][1];
       }
     }
   }
 
-  // add what the zero points of this run's values come to
+  DEVICE_MEMBER void load_factors(const Store& store, i64 row) {
+    const Lane& v = store.values;
+    const u16* from = VALUE_FORM == CHANNEL ? v.scale + row * v.entry_stride + (i64)run * HEAD
+                                            : v.channel + (row * v.runs + run) * HEAD;
+#pragma unroll
+    for (int x = 0; x < GROUPS16; x++) {
+      if (16 * x >= HEAD) continue;
+      const u32 two = *(const u32*)(from + 16 * x + 2 * r);
+      factor[x][0] = half_to_float((u16)two), factor[x][1] = half_to_float((u16)(two >> 16));
+      if (!RUNS) {  // a constant channel: all of its codes are 0
+        if (factor[x][0] == 0.f) factor[x][0] = 1.f;
+        if (factor[x][1] == 0.f) factor[x][1] = 1.f;
+      }
+    }
+  }
+
+  // back to numbers, with what the zero points of this run's values come to
   DEVICE_MEMBER void leave(const Store& store, i64 row) {
+    if constexpr (SCALED && !RUNS) load_factors(store, row);  // not kept meanwhile
+    constexpr int per = GROUPS16 / VALUE_GROUPS;
 #pragma unroll
     for (int t = 0; t < TILES; t++)
 #pragma unroll
@@ -193,19 +211,22 @@ struct Warp {
         total += shuffle_xor(total, 8);
         total += shuffle_xor(total, 16);
         below[t][g] = 0.f;
-        constexpr int per = GROUPS16 / VALUE_GROUPS;
+        const float share = VALUE_LOW ? total : -VALUE_ZERO * total;
 #pragma unroll
         for (int x = g * per; x < (g + 1) * per; x++) {
           if (16 * x >= HEAD) continue;
-          if constexpr (VALUE_FORM == CHANNEL) {
-            const Lane& v = store.values;
-            const u32 two = *(const u32*)(v.low + row * v.entry_stride + (i64)run * HEAD + 16 * x + 2 * r);
-            out[t][x][0] += total * half_to_float((u16)two);
-            out[t][x][1] += total * half_to_float((u16)(two >> 16));
-          } else {
-            const float share = VALUE_LOW ? total : -VALUE_ZERO * total;
-            out[t][x][0] += share * factor[x][0];
-            out[t][x][1] += share * factor[x][1];
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            float& y = out[t][x][half];
+            if constexpr (VALUE_FORM == CHANNEL) {
+              const Lane& v = store.values;
+              const u16 low = v.low[row * v.entry_stride + (i64)run * HEAD + 16 * x + 2 * r + half];
+              y = (RUNS ? y : y * factor[x][half]) + total * half_to_float(low);
+            } else if constexpr (SCALED) {
+              y = RUNS ? y + share * factor[x][half] : (y + share) * factor[x][half];
+            } else {
+              y += share;
+            }
           }
         }
       }
@@ -310,18 +331,17 @@ struct Warp {
         }
         const float inverse = largest > 0.f ? MOST / largest : 0.f;
         back[t] = weight[t] * largest * (1.f / MOST);
-        float total = 0.f;
+        u32 total = 0;
 #pragma unroll
         for (int x = 0; x < NT / 8; x++) {
-          const float y = fixed_point((VALUE_FORM == TOKEN ? p[x] : s[t][x]) * inverse);
-          u[t][x] = __float_as_uint(y);
-          total += y - 12583040.f;
+          u[t][x] = fixed_point((VALUE_FORM == TOKEN ? p[x] : s[t][x]) * inverse);
+          total += u[t][x] - FIXED_ZERO;
         }
         if (VALUE_FORM == TOKEN && VALUE_LOW) {
           below[t][g] += low * weight[t];
         } else {  // the integers' own sum: what rounding adds must not meet the zero point
           if (VALUE_FORM == TOKEN) back[t] *= VALUE_STEP;
-          below[t][g] += total * back[t];
+          below[t][g] += (float)(int)total * back[t];
         }
       }
       int acc[TILES][per][4] = {};
@@ -357,8 +377,8 @@ struct Warp {
               const int at = g * per + x, plane = (i * GROUPS16 + at) % VALUE_PLANES;
               const float f = back[t] * plane_factor(VALUE_TABLE, VALUE_BITS, plane);
               int(&c)[4] = acc[t][x];
-              out[t][at][0] += (float)(c[0] * 256 + c[1]) * (SCALED ? f * factor[at][0] : f);
-              out[t][at][1] += (float)(c[2] * 256 + c[3]) * (SCALED ? f * factor[at][1] : f);
+              out[t][at][0] += (float)(c[0] * 256 + c[1]) * (SCALED && RUNS ? f * factor[at][0] : f);
+              out[t][at][1] += (float)(c[2] * 256 + c[3]) * (SCALED && RUNS ? f * factor[at][1] : f);
               c[0] = c[1] = c[2] = c[3] = 0;
             }
         }
@@ -381,7 +401,8 @@ struct Warp {
         }
   }
 
-  // 16 exact tokens: rows of keys r and r + 8, pairs of channels of values j, j + 8, j + 4, j + 12; zeros where not real
+  // 16 exact tokens: rows of keys r and r + 8, pairs of channels of values j, j + 8, j + 4, j + 12; zeros where not real.
+  // `from` points at a token, or nowhere
   DEVICE_MEMBER void load_keys(Words (&k)[2][CHUNKS32], const u16* const (&from)[2]) const {
 #pragma unroll
     for (int half = 0; half < 2; half++)
@@ -393,12 +414,22 @@ struct Warp {
   }
   DEVICE_MEMBER void load_values(u32 (&v)[4][GROUPS16], const u16* const (&from)[4]) const {
 #pragma unroll
-    for (int e = 0; e < 4; e++)
+    for (int e = 0; e < 4; e++) {
 #pragma unroll
-      for (int x = 0; x < GROUPS16; x++) {
-        v[e][x] = 0;
-        if (from[e] != nullptr && 16 * x < HEAD) v[e][x] = load_once_u32(from[e] + 16 * x + 2 * r);
+      for (int x = 0; x < GROUPS16; x++) v[e][x] = 0;
+      if (from[e] == nullptr) continue;
+      if constexpr (WIDE) {
+#pragma unroll
+        for (int x = 0; x < GROUPS16; x += 4) {
+          const Words four = load_once(from[e] + output_channel(x, r, 0));
+          v[e][x] = four.x, v[e][x + 1] = four.y, v[e][x + 2] = four.z, v[e][x + 3] = four.w;
+        }
+      } else {
+#pragma unroll
+        for (int x = 0; x < GROUPS16; x++)
+          if (16 * x < HEAD) v[e][x] = load_once_u32(from[e] + output_channel(x, r, 0));
       }
+    }
   }
 
   DEVICE_MEMBER void exact_logits(const Words (&k)[2][CHUNKS32], const u32 (&q)[TILES][CHUNKS32][4], float softcap,
@@ -477,7 +508,7 @@ DEVICE void for_each_chunk(Warp& warp, const Work& w, i64 row, Visit visit, Next
     const int t0 = range.chunk * NT, end = limit < t0 + NT ? limit : t0 + NT;
     range.advance();
     const int following = range.more() ? range.chunk : -1;
-    if (BY_RUN && runs > 1) {
+    if (BY_RUN && RUNS) {
       while (run + 1 < runs && starts[run + 1] <= t0) run++;
       int begin = t0;
       for (int each = run; begin < end; each++) {
@@ -618,9 +649,10 @@ struct Exact {
   DEVICE_MEMBER const u16* value(int t) const { return values + (i64)(value_ring ? t % value_ring : t) * value_stride; }
 };
 
-// tokens [begin, end), 16 at a time and every WARPS-th of them from `first` on; keys before `coded` are codes
+// tokens [begin, end), 16 at a time, of which this warp takes the `first`-th and every `step`-th further one; keys before
+// `coded` are codes
 DEVICE void attend_exact(Warp& warp, const Work& w, i64 row, const Exact& exact, int begin, int end, int coded, int first,
-                         const u32 (&q)[TILES][CHUNKS32][4]) {
+                         int step, const u32 (&q)[TILES][CHUNKS32][4]) {
   Words k[2][CHUNKS32];
   u32 v[4][GROUPS16];
   auto load_keys = [&](int t0) {
@@ -641,7 +673,7 @@ DEVICE void attend_exact(Warp& warp, const Work& w, i64 row, const Exact& exact,
   };
   int t0 = begin / 16 * 16 + 16 * first;
   if (t0 < end) load_keys(t0), load_values(t0);
-  for (; t0 < end; t0 += 16 * WARPS) {
+  for (; t0 < end; t0 += 16 * step) {
     float s[TILES][2], weight[TILES];
     warp.exact_logits(k, q, w.softcap, s);
     if (t0 < coded) {
@@ -660,7 +692,7 @@ DEVICE void attend_exact(Warp& warp, const Work& w, i64 row, const Exact& exact,
       for (int t = 0; t < TILES; t++)
         if (token < begin || token >= end) s[t][half] = -infinity();
     }
-    const int following = t0 + 16 * WARPS;
+    const int following = t0 + 16 * step;
     if (following < end) load_keys(following);
     warp.weigh(s, weight);
     warp.exact_mix(v, s, weight);
@@ -668,52 +700,50 @@ DEVICE void attend_exact(Warp& warp, const Work& w, i64 row, const Exact& exact,
   }
 }
 
-DEVICE void attend_stored_exact(Warp& warp, const Work& w, i64 row) {
+// this warp's share of what is exact: of the stored tokens, and the step's own
+DEVICE void attend_all_exact(Warp& warp, const Work& w, i64 row) {
   const Store& store = w.store;
   const Lane &keys = store.keys, &values = store.values;
-  const Exact exact{keys.exact + row * keys.exact_room * HEAD, values.exact + row * values.exact_room * HEAD,
-                    HEAD, HEAD, keys.ring, values.ring};
+  const Exact stored{keys.exact + row * keys.exact_room * HEAD, values.exact + row * values.exact_room * HEAD,
+                     HEAD, HEAD, keys.ring, values.ring};
   u32 q[TILES][CHUNKS32][4];
   warp.split_query(q);
-  const int length = (int)store.length[row], warp_index = threadIdx.x >> 5;
+  const int length = (int)store.length[row], index = threadIdx.x >> 5;
+  const bool apart = ROTATED;  // one part for all of it; else the parts of the codes share it
+  const int share = apart ? index : (int)blockIdx.x * WARPS + index, shares = apart ? WARPS : w.splits * WARPS;
   if constexpr (CODED) {
     const int coded_keys = (int)keys.coded[row], coded_values = (int)values.coded[row];
     const int begin = coded_keys < coded_values ? coded_keys : coded_values;
-    if (begin < coded_keys) warp.enter(store, row, 0);  // keys ahead of values never come in runs
-    attend_exact(warp, w, row, exact, begin, length, coded_keys, warp_index, q);
-  } else {
+    if (KEY_FORM == TOKEN && begin < coded_keys) warp.slice(nullptr, nullptr);  // keys ahead of values have no factors
+    attend_exact(warp, w, row, stored, begin, length, coded_keys, share, shares, q);
+  } else {  // neighbours for one block of threads
     const int groups = (length + 15) / 16, splits = w.splits;
-    const int begin = (int)((i64)groups * blockIdx.x / splits) * 16, stop = (int)((i64)groups * (blockIdx.x + 1) / splits) * 16;
-    attend_exact(warp, w, row, exact, begin, stop < length ? stop : length, 0, warp_index, q);
+    const int begin = (int)((i64)groups * blockIdx.x / splits) * 16;
+    const int stop = (int)((i64)groups * (blockIdx.x + 1) / splits) * 16;
+    attend_exact(warp, w, row, stored, begin, stop < length ? stop : length, 0, index, WARPS, q);
   }
-}
-
-DEVICE void attend_fresh(Warp& warp, const Work& w, i64 row) {
   const Fresh& fresh = w.fresh;
-  const i64 batch = row / w.heads, head = row % w.heads;
-  const Exact exact{fresh.keys + batch * fresh.key_strides[0] + head * fresh.key_strides[1],
+  if (fresh.count) {
+    const i64 batch = row / w.heads, head = row % w.heads;
+    const Exact own{fresh.keys + batch * fresh.key_strides[0] + head * fresh.key_strides[1],
                     fresh.values + batch * fresh.value_strides[0] + head * fresh.value_strides[1],
                     fresh.key_strides[2], fresh.value_strides[2], 0, 0};
-  u32 q[TILES][CHUNKS32][4];
-  warp.split_query(q);
-  // from the last warp down: the first ones have more of the stored tokens
-  attend_exact(warp, w, row, exact, 0, fresh.count, 0, WARPS - 1 - (int)(threadIdx.x >> 5), q);
+    // from the last share down: the first ones have more of the stored tokens
+    attend_exact(warp, w, row, own, 0, fresh.count, 0, shares - 1 - share, shares, q);
+  }
 }
 
 KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
   SHARED float query[ROWS * QS], sums[WARPS][ROWS], mosts[WARPS][ROWS], outs[WARPS][ROWS][HEAD];
   const i64 row = blockIdx.y;
-  const bool tail = blockIdx.x == w.splits;
-  load_query(w, row, ROTATED && !tail ? w.query.rotated : w.query.rows, query);
+  const bool codes = CODED && (!ROTATED || blockIdx.x < w.splits);
+  load_query(w, row, ROTATED && codes ? w.query.rotated : w.query.rows, query);
   Warp warp;
   warp.begin(query);
-  if (tail) {
-    if (CODED) attend_stored_exact(warp, w, row);
-    if (w.fresh.count) attend_fresh(warp, w, row);
-  } else if constexpr (CODED) {
-    attend_codes(warp, w, row);
-  } else {
-    attend_stored_exact(warp, w, row);
+  const bool exact = !CODED || w.store.values.ring || w.fresh.count;  // values wait at least as long as keys
+  if (exact && (!ROTATED || !codes)) attend_all_exact(warp, w, row);
+  if constexpr (CODED) {
+    if (codes) attend_codes(warp, w, row);
   }
   const int index = threadIdx.x >> 5;
 #pragma unroll
@@ -727,8 +757,8 @@ KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
 #pragma unroll
     for (int x = 0; x < GROUPS16; x++) {
       if (16 * x >= HEAD) continue;
-      outs[index][q][16 * x + 2 * warp.r] = warp.out[t][x][0];
-      outs[index][q][16 * x + 2 * warp.r + 1] = warp.out[t][x][1];
+      outs[index][q][output_channel(x, warp.r, 0)] = warp.out[t][x][0];
+      outs[index][q][output_channel(x, warp.r, 1)] = warp.out[t][x][1];
     }
   }
   barrier();

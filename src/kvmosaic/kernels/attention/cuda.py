@@ -153,10 +153,13 @@ def attend_all(
     plans = [_plan(source, count, softcap) for source in sources]
     kernels = [gpu.kernel("attention/cuda.cu", "attend", plan.macros, device) for plan in plans]
     blocks = [batch * heads * -(-count // plan.rows_a_block) for plan in plans]
-    splits = [_splits(*each) for each in zip((plan.units for plan in plans), blocks, kernels, strict=True)]
-    tails = [
-        int((index == 0 and fresh is not None) or bool(source.keys.lane.ring or source.values.lane.ring))
-        for index, source in enumerate(sources)
+    tails = [  # parts of what is exact beside rotated codes
+        int(plan.keys.rotation is not None and bool((index == 0 and fresh is not None) or source.keys.lane.ring))
+        for index, (source, plan) in enumerate(zip(sources, plans, strict=True))
+    ]
+    splits = [
+        _splits(plan.units, each, tail, kernel)
+        for plan, each, tail, kernel in zip(plans, blocks, tails, kernels, strict=True)
     ]
     starts = [0]
     for split, tail in zip(splits, tails, strict=True):
@@ -228,6 +231,7 @@ def _plan(source: Source, count: int, softcap: float | None) -> _Plan:
         "SOFTCAP": str(int(softcap is not None)),
         "AFFINE": str(int(source.affine is not None)),
         "ROTATED": str(int(forms[0].rotation is not None)),
+        "RUNS": str(int(max(keys.starts.shape[2], values.starts.shape[2]) > 1)),
         **forms[0].macros("keys"),
         **forms[1].macros("values"),
     }
@@ -246,11 +250,11 @@ def _unit(keys: gpu.Form, values: gpu.Form, channels: int) -> int:
     return max(32, 16 * (8 // keys.bits), 32 * (planes // math.gcd(planes, padded(channels) // 16)))
 
 
-def _splits(units: int, blocks: int, kernel: gpu.Kernel) -> int:
+def _splits(units: int, blocks: int, tail: int, kernel: gpu.Kernel) -> int:
     """In how many parts to read: the fewest rounds of resident blocks of threads times what each warp has to do."""
 
     def cost(splits: int) -> float:
-        rounds = -(-blocks * splits // kernel.resident)
+        rounds = -(-blocks * (splits + tail) // kernel.resident)
         return rounds * (-(-units // (WARPS * splits)) + 3)  # beginning and end cost about 3 units
 
     return min(range(1, max(1, min(128, -(-units // WARPS))) + 1), key=cost)

@@ -209,7 +209,12 @@ DEVICE void encode_block(const Side& side, i64 row, int head, int block, int beg
   barrier();
   constexpr int planes = 8 / Form::bits;
   u32* words = (u32*)(side.codes + row * side.code_stride + (i64)block * (BLOCK * DP * Form::bits / 8));
-  for (int at_word = threadIdx.x; at_word < BLOCK * DP * Form::bits / 32; at_word += THREADS) {
+  // the tiles of 512 bytes that these tokens are in
+  constexpr int unit = Form::keys ? 16 * planes : 32;  // tokens
+  const int first = (begin - block * BLOCK) / unit, last = (end - 1 - block * BLOCK) / unit;
+  const int first_tile = Form::keys ? first * CHUNKS32 : first * GROUPS16 / planes;
+  const int last_tile = Form::keys ? (last + 1) * CHUNKS32 - 1 : ((last + 1) * GROUPS16 - 1) / planes;
+  for (int at_word = first_tile * 128 + threadIdx.x; at_word < (last_tile + 1) * 128; at_word += THREADS) {
     const int tile = at_word / 128, lane = at_word % 128 / 4, r = lane / 4, j = lane % 4;
     const int row_half = at_word & 1, column_half = at_word >> 1 & 1;
     u32 word = 0, touched = 0;
