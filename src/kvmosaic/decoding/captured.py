@@ -256,7 +256,7 @@ class _Steps:
         self.done = 0
         cache.pin(room, self.live)
         self.arguments = {_cache_argument(model): cache, "use_cache": True, "return_dict": True}
-        self.forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+        self.forward = torch.compile(model.forward) if compiled else model.forward
 
     def take(self, cache: Cache, tensors: dict[str, Tensor], choice: _Choice, most: int) -> bool:
         """Go on from another prompt's tokens; False if these tensors, or the graph, are not made for that."""

@@ -503,7 +503,10 @@ DEVICE void for_each_chunk(Warp& warp, const Work& w, i64 row, Visit visit, Next
   const int runs = BY_RUN ? by_run.runs : 1;
   int run = 0;
   Range range(limit, w.splits);
-  if (range.more()) next(range.chunk);
+  if (range.more()) {
+    next(range.chunk);
+    if (!RUNS) warp.enter(store, row, 0);
+  }
   while (range.more()) {
     const int t0 = range.chunk * NT, end = limit < t0 + NT ? limit : t0 + NT;
     range.advance();
@@ -519,7 +522,6 @@ DEVICE void for_each_chunk(Warp& warp, const Work& w, i64 row, Visit visit, Next
         begin = stop;
       }
     } else {
-      warp.enter(store, row, 0);
       visit(t0, t0, end, following);
     }
   }
@@ -645,8 +647,9 @@ struct Exact {
   const u16* values;
   i64 key_stride, value_stride;
   int key_ring, value_ring;
-  DEVICE_MEMBER const u16* key(int t) const { return keys + (i64)(key_ring ? t % key_ring : t) * key_stride; }
-  DEVICE_MEMBER const u16* value(int t) const { return values + (i64)(value_ring ? t % value_ring : t) * value_stride; }
+  DEVICE_MEMBER const u16* key(int t) const { return keys + slot(t, key_ring) * key_stride; }
+  DEVICE_MEMBER const u16* value(int t) const { return values + slot(t, value_ring) * value_stride; }
+  static DEVICE_MEMBER i64 slot(int t, int ring) { return CODED && ring ? t % ring : t; }
 };
 
 // tokens [begin, end), 16 at a time, of which this warp takes the `first`-th and every `step`-th further one; keys before

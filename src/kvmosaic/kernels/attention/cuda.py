@@ -26,6 +26,9 @@ MOST_STORES = 4
 MOST_PARTS = 2048
 LOG2_E = math.log2(math.e)
 
+OVERHEAD = 8192
+"""Bytes that a warp could read in the time that beginning and ending a part takes (some 4 us of an H100)."""
+
 
 class Source(NamedTuple):
     """A coded store as attention reads it."""
@@ -71,6 +74,7 @@ class _Plan:
     values: gpu.Form
     macros: dict[str, str]
     units: int  # of which a split takes some
+    overhead: float  # of beginning and ending a part, in units
     rows_a_block: int
 
 
@@ -158,7 +162,7 @@ def attend_all(
         for index, (source, plan) in enumerate(zip(sources, plans, strict=True))
     ]
     splits = [
-        _splits(plan.units, each, tail, kernel)
+        _splits(plan, each, tail, kernel)
         for plan, each, tail, kernel in zip(plans, blocks, tails, kernels, strict=True)
     ]
     starts = [0]
@@ -236,10 +240,13 @@ def _plan(source: Source, count: int, softcap: float | None) -> _Plan:
         **forms[1].macros("values"),
     }
     if forms[0].form == 0:
-        units = -(-keys.buffers["numbers"].shape[2] // 16)
+        tokens, room = 16, keys.buffers["numbers"].shape[2]
+        bits = 32
     else:
-        units = keys.buffers["codes"].shape[2] * BLOCK // _unit(forms[0], forms[1], keys.channels)
-    return _Plan(forms[0], forms[1], macros, units, 4 * tiles)
+        tokens, room = _unit(forms[0], forms[1], keys.channels), keys.buffers["codes"].shape[2] * BLOCK
+        bits = forms[0].bits + forms[1].bits
+    overhead = OVERHEAD / (tokens * keys.channels * bits / 8)
+    return _Plan(forms[0], forms[1], macros, -(-room // tokens), overhead, 4 * tiles)
 
 
 def _unit(keys: gpu.Form, values: gpu.Form, channels: int) -> int:
@@ -250,11 +257,11 @@ def _unit(keys: gpu.Form, values: gpu.Form, channels: int) -> int:
     return max(32, 16 * (8 // keys.bits), 32 * (planes // math.gcd(planes, padded(channels) // 16)))
 
 
-def _splits(units: int, blocks: int, tail: int, kernel: gpu.Kernel) -> int:
+def _splits(plan: _Plan, blocks: int, tail: int, kernel: gpu.Kernel) -> int:
     """In how many parts to read: the fewest rounds of resident blocks of threads times what each warp has to do."""
 
     def cost(splits: int) -> float:
         rounds = -(-blocks * (splits + tail) // kernel.resident)
-        return rounds * (-(-units // (WARPS * splits)) + 3)  # beginning and end cost about 3 units
+        return rounds * (-(-plan.units // (WARPS * splits)) + plan.overhead)
 
-    return min(range(1, max(1, min(128, -(-units // WARPS))) + 1), key=cost)
+    return min(range(1, max(1, min(128, -(-plan.units // WARPS))) + 1), key=cost)
