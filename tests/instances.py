@@ -60,7 +60,7 @@ def _bare(name: str) -> bool:
 
 BARE = [name for name in methods.names() if _bare(name)]
 TEXT = ["exact", *(name for name in BARE if name not in ("exact", "calibquant"))]
-TEXT += ["kivi bits=4 residual=32", "kivi bits=8 residual=32"]
+TEXT += ["kivi bits=4 residual=32", "kivi bits=8 residual=32", "think channels=16 | kivi residual=32"]
 """Recipes for any model, as a user writes them."""
 
 VISUAL = [
@@ -68,5 +68,6 @@ VISUAL = [
     "calibquant bits=2",
     "calibquant bits=4 by_picture=true",
     "calibquant bits=1 | kivi bits=2 residual=32",
+    "calibquant bits=2 | think channels=16 recent=8",
 ]
 """Recipes for vision models."""
