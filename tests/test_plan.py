@@ -16,6 +16,8 @@ RECIPES = [
     "kivi key_bits=8 value_bits=1 group=16 residual=48",
     "turboquant",
     "mosaic bits=1.5",
+    "turboquant bits=2.5 outliers=8",
+    "turboquant bits=3 variant=prod",
     "snapkv keep=0.3",
     "snapkv tokens=40 window=8 pyramid=True | kivi residual=32",
     "h2o keep=0.3",

@@ -82,3 +82,23 @@ class QueryDriven(Projection):
         chosen = places(power) < self.size(held.shape[2])
         channel = torch.arange(held.shape[2], dtype=torch.int16, device=held.device).expand_as(chosen)
         return Channels(channel[chosen].view(*held.shape[:2], -1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestFirst(Projection):
+    """All channels, those of the largest norm over the prompt's keys first, so that a codec can treat them apart (`Split`).
+
+    Source: TurboQuant's outlier channels, arXiv:2504.19874, section 4.3, as in the authors' supplement.
+    """
+
+    recent: int = 0
+
+    def size(self, channels: int) -> int:
+        return channels
+
+    def nbytes(self, channels: int) -> int:
+        return channels * torch.int16.itemsize
+
+    def basis(self, step: Step, keep: Tensor) -> Channels:
+        power = (step.keys.float().square() * keep[..., None]).sum(2)
+        return Channels(power.sort(dim=-1, descending=True, stable=True).indices.to(torch.int16))
