@@ -3,7 +3,7 @@
 from typing import Any
 
 from kvmosaic import methods
-from kvmosaic.codecs import Codec, Exact, Rotated, Sphere, Uniform
+from kvmosaic.codecs import Codec, Exact, Rotated, Sketched, Sphere, Split, Uniform
 from kvmosaic.errors import NeedsCalibration
 from kvmosaic.recipe import Recipe
 from kvmosaic.stores import Coded, Lane
@@ -20,6 +20,8 @@ CODECS: dict[str, Codec] = {
     **{f"sphere{bits}": Sphere(bits=bits, scale="unbiased") for bits in (1, 2, 3, 4)},
     "rotated-sphere2": Rotated(Sphere(bits=2, scale="least")),
     "rotated-token4": Rotated(Uniform(bits=4, axis="token")),
+    "split": Split(first=Sphere(bits=3, scale="unbiased"), rest=Uniform(bits=2, axis="channel", group=32), channels=32),
+    "sketched3": Sketched(codec=Sphere(bits=2, scale="norm")),
     "by-head2": Uniform(bits=2, axis="channel", clip=(0.5, 0.9)),
 }
 """All are made for two KV heads and head sizes that are multiples of 32."""
@@ -60,7 +62,8 @@ def _bare(name: str) -> bool:
 
 BARE = [name for name in methods.names() if _bare(name)]
 TEXT = ["exact", *(name for name in BARE if name not in ("exact", "calibquant"))]
-TEXT += ["kivi bits=4 residual=32", "kivi bits=8 residual=32"]
+TEXT += ["kivi bits=4 residual=32", "kivi bits=8 residual=32", "think channels=16 | kivi residual=32"]
+TEXT += ["turboquant bits=2.5 outliers=8", "turboquant variant=prod"]
 """Recipes for any model, as a user writes them."""
 
 VISUAL = [
@@ -68,5 +71,6 @@ VISUAL = [
     "calibquant bits=2",
     "calibquant bits=4 by_picture=true",
     "calibquant bits=1 | kivi bits=2 residual=32",
+    "calibquant bits=2 | think channels=16 recent=8",
 ]
 """Recipes for vision models."""

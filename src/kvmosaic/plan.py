@@ -18,9 +18,9 @@ import torch
 from kvmosaic import bundled
 from kvmosaic.errors import UnsupportedModel
 from kvmosaic.hooks import models
-from kvmosaic.hooks.layer import EXACT
 from kvmosaic.kernels.layout import BLOCK, bytes_per_block
 from kvmosaic.loading import read_config
+from kvmosaic.projection import Projection
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import Evicting
 from kvmosaic.stores import Lane, Tier
@@ -105,25 +105,30 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
         shown = round(shown * sum(counts) / tokens)
         if shown:
             assert recipe.visual is not None, "just checked"
-            total += _store_bytes(shape, recipe.visual, layer, shown, pictures if recipe.visual_by_picture else 1)
-        for tier, count in zip(recipe.tiers or (EXACT,), counts, strict=True):
+            runs = pictures if recipe.visual_by_picture else 1
+            total += _store_bytes(shape, recipe.visual, recipe.projection, layer, shown, runs)
+        for tier, count in zip(recipe.stored_in, counts, strict=True):
             rest = round(count * (1 - shown / max(sum(counts), 1)))
             if rest:
-                total += _store_bytes(shape, tier, layer, rest, 1)
+                total += _store_bytes(shape, tier, recipe.projection, layer, rest, 1)
+        if recipe.projection is not None:
+            total += shape.heads * recipe.projection.nbytes(shape.channels)
         if isinstance(recipe.selection, Evicting):  # a place and a score for each slot, two counts for each sequence
             total += shape.heads * -(-counts[0] // 32) * 32 * (4 + 4) + 2 * FLAG
     return total
 
 
-def _store_bytes(shape: Shape, tier: Tier, layer: int, tokens: int, runs: int) -> int:
-    lanes = tier.lanes(layer)
-    return shape.heads * (sum(_lane_bytes(shape, lane, tokens, runs) for lane in lanes) + FLAG)
+def _store_bytes(shape: Shape, tier: Tier, projection: Projection | None, layer: int, tokens: int, runs: int) -> int:
+    keys, values = tier.lanes(layer)
+    stored = shape.channels if projection is None else projection.size(shape.channels)
+    lanes = _lane_bytes(shape, keys, stored, tokens, runs) + _lane_bytes(shape, values, shape.channels, tokens, runs)
+    return shape.heads * (lanes + FLAG)
 
 
-def _lane_bytes(shape: Shape, lane: Lane, tokens: int, runs: int) -> int:
-    """Of one head: as `LaneBytes` allocates."""
+def _lane_bytes(shape: Shape, lane: Lane, stored: int, tokens: int, runs: int) -> int:
+    """Of one head, `stored` channels of each token encoded: as `LaneBytes` allocates."""
     coded = max(0, tokens - lane.window) // lane.flush * lane.flush
-    parts = lane.codec.parts(shape.channels).values()
+    parts = lane.codec.parts(stored).values()
     total = FLAG + (FLAG * runs if any(part.every is None for part in parts) and coded else 0)
     for part in parts:
         if part.every is None:

@@ -4,6 +4,8 @@ from kvmosaic.codecs.base import Codec, Packed, Part
 from kvmosaic.codecs.exact import Exact
 from kvmosaic.codecs.nonuniform import Sphere, sphere_levels
 from kvmosaic.codecs.rotated import Rotated
+from kvmosaic.codecs.sketched import Sketched
+from kvmosaic.codecs.split import Split
 from kvmosaic.codecs.uniform import Uniform
 
-__all__ = ["Codec", "Exact", "Packed", "Part", "Rotated", "Sphere", "Uniform", "sphere_levels"]
+__all__ = ["Codec", "Exact", "Packed", "Part", "Rotated", "Sketched", "Sphere", "Split", "Uniform", "sphere_levels"]

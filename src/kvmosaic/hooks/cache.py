@@ -12,7 +12,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from kvmosaic.errors import BadCalibration, CacheInUse, CacheMismatch, RecipeConflict, UnsupportedModel
 from kvmosaic.hooks import models
-from kvmosaic.hooks.layer import EXACT, CacheLayer
+from kvmosaic.hooks.layer import CacheLayer
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
 from kvmosaic.selection import Evicting
@@ -175,7 +175,7 @@ def _check_selection(recipe: Recipe, layers: int) -> None:
     """Raises RecipeConflict if the tiers are not such that the selection can use them."""
     if recipe.selection is None:
         return
-    name, tiers = recipe.name or "the recipe", recipe.tiers or (EXACT,)
+    name, tiers = recipe.name or "the recipe", recipe.stored_in
     needed = len(recipe.selection.expected(1, 0, layers))
     if needed != len(tiers):
         raise RecipeConflict(f"{name}: the selection gives tokens to {needed} tiers, and there are {len(tiers)}")

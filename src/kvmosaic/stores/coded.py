@@ -7,8 +7,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvmosaic.codecs import Exact
 from kvmosaic.kernels import attention
 from kvmosaic.kernels.attention import Affine, Partial
+from kvmosaic.projection import Basis
 from kvmosaic.stores.lane import Lane, LaneBytes
 
 
@@ -32,7 +34,9 @@ class Store(Protocol):
 class Tier(Protocol):
     """Settings of a store; frozen, shared between layers."""
 
-    def open(self, layer: int, keys: Tensor, values: Tensor) -> "CodedStore": ...
+    def open(self, layer: int, keys: Tensor, values: Tensor, basis: Basis | None = None) -> "CodedStore":
+        """Empty, for tokens like these. basis: what is encoded of keys; None = all of them."""
+        ...
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
         """How keys and how values are written, for arithmetic without tensors."""
@@ -51,8 +55,8 @@ class Coded:
     values: Lane
     affine: Affine | None = None
 
-    def open(self, layer: int, keys: Tensor, values: Tensor) -> "CodedStore":
-        return CodedStore(self, keys, values)
+    def open(self, layer: int, keys: Tensor, values: Tensor, basis: Basis | None = None) -> "CodedStore":
+        return CodedStore(self, keys, values, basis)
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
         return self.keys, self.values
@@ -61,14 +65,18 @@ class Coded:
         return self.affine
 
 
+EXACT = Coded(Lane(Exact()), Lane(Exact()))
+"""The tier of tokens that are left as they are."""
+
+
 @dataclass(frozen=True)
 class PerLayer:
     """Another tier in each layer, as calibration or a table of sensitivities gave it."""
 
     tiers: tuple[Coded, ...]
 
-    def open(self, layer: int, keys: Tensor, values: Tensor) -> "CodedStore":
-        return self.tiers[layer].open(layer, keys, values)
+    def open(self, layer: int, keys: Tensor, values: Tensor, basis: Basis | None = None) -> "CodedStore":
+        return self.tiers[layer].open(layer, keys, values, basis)
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
         return self.tiers[layer].lanes(layer)
@@ -83,9 +91,9 @@ class CodedStore:
     Rows may differ in length: a token that a row does not keep (padding, another tier's) has no slot in it.
     """
 
-    def __init__(self, tier: Coded, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, tier: Coded, keys: Tensor, values: Tensor, basis: Basis | None = None) -> None:
         self.tier = tier
-        self.keys, self.values = LaneBytes(tier.keys, "keys", keys), LaneBytes(tier.values, "values", values)
+        self.keys, self.values = LaneBytes(tier.keys, "keys", keys, basis), LaneBytes(tier.values, "values", values)
         self.length = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
 
     def put(self, keys: Tensor, values: Tensor, keep: Tensor | None) -> None:

@@ -16,6 +16,7 @@ from kvmosaic.codecs import Codec, Packed
 from kvmosaic.errors import NotFinite
 from kvmosaic.kernels import encode
 from kvmosaic.kernels.layout import BLOCK, Role, bytes_per_block, layout_of, pack, unpack
+from kvmosaic.projection import Basis
 
 LARGEST = torch.finfo(torch.float16).max / 2
 """Of a number to encode: twice it, the widest range of a group, must fit float16."""
@@ -61,12 +62,14 @@ class LaneBytes:
     ring: [B, H, at most window + flush - 1, D] in the model's dtype; smaller while no row is that long.
     coded: [B, H] int64, how many slots are encoded.
     starts: [B, H, runs] int64, first slot of each run that was encoded together, if the codec has parts once a run.
+    basis: what is encoded of the D channels of each token; None = all. The ring holds whole tokens.
     """
 
-    def __init__(self, lane: Lane, role: Role, like: Tensor) -> None:
+    def __init__(self, lane: Lane, role: Role, like: Tensor, basis: Basis | None = None) -> None:
         batch, heads, _, self.channels = like.shape
         self.lane, self.role, self.layout = lane, role, layout_of(like.device)
-        self.parts = lane.codec.parts(self.channels)
+        self.basis = basis
+        self.parts = lane.codec.parts(self.channels if basis is None else basis.size)
         self.by_run = any(part.every is None for part in self.parts.values())
         self.buffers: dict[str, Tensor] = {}
         for name, part in self.parts.items():
@@ -186,6 +189,9 @@ class LaneBytes:
         for name, part in self.parts.items():
             yield name, part.kind, self.buffers[name]
         yield "ring", "exact", self.ring
+        if self.basis is not None:
+            for name, tensor in self.basis.tensors():
+                yield name, "metadata", tensor
         yield "coded", "metadata", self.coded
         yield "starts", "metadata", self.starts
 
@@ -193,6 +199,8 @@ class LaneBytes:
         """Apply a change of rows (reordering, repeating) to every tensor."""
         self.buffers = {name: change(buffer) for name, buffer in self.buffers.items()}
         self.ring, self.coded, self.starts = change(self.ring), change(self.coded), change(self.starts)
+        if self.basis is not None:
+            self.basis = self.basis.map(change)
 
     def _oldest(self, x: Tensor, held: Tensor, most: int) -> Tensor:
         """[B, H, most, D]: the oldest exact tokens of each row, from the ring first and then from x."""
@@ -211,7 +219,9 @@ class LaneBytes:
         """Encode x [B, H, T, D] into the slots after `coded`; each row has its first `count` tokens."""
         last = int((self.coded + count).max())
         self._reserve(last)
-        if not encode.write(self, x, count):
+        if self.basis is not None:  # no kernel writes fewer channels than come
+            self._write_by_codec(self.basis.shrink(x), count, last)
+        elif not encode.write(self, x, count):
             self._write_by_codec(x, count, last)
         if self.by_run:
             self.starts = torch.cat([self.starts, self.coded[..., None]], 2)
