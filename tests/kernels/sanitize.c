@@ -67,6 +67,17 @@ static struct lane random_lane(int64_t heads, int64_t channels, int64_t *length,
         lane.numbers = numbers(heads * lane.room * channels, number, 0);
         return lane;
     }
+    lane.rotation = draw(3) ? NULL : numbers(channels * channels, FLOAT32, 0);
+    if (!draw(3)) { // Sphere
+        lane.bits = 1 + (int32_t)draw(4), lane.axis = TOKEN, lane.group = channels, lane.entries = lane.room;
+        lane.codes = bytes(heads * lane.blocks * block_bytes(channels, lane.bits == 3 ? 2 : lane.bits));
+        if (lane.bits == 3) lane.top = bytes(heads * lane.blocks * block_bytes(channels, 1));
+        int8_t *levels = bytes(1 << lane.bits);
+        for (int i = 0; i < 1 << lane.bits; i++) levels[i] = (int8_t)(levels[i] % LIFT);
+        lane.levels = levels;
+        lane.scale = numbers(heads * lane.entries, FLOAT16, 0);
+        return lane;
+    }
     lane.codes = bytes(heads * lane.blocks * block_bytes(channels, lane.bits));
     lane.entries = lane.axis == TOKEN ? lane.room : lane.group ? ceil_div(lane.room, lane.group) : lane.runs;
     const int64_t width = lane.axis == TOKEN ? channels / lane.group : channels;
@@ -77,6 +88,7 @@ static struct lane random_lane(int64_t heads, int64_t channels, int64_t *length,
 }
 
 static void free_lane(struct lane *lane) {
+    free(lane->top), free((void *)lane->levels), free((void *)lane->rotation);
     free(lane->codes), free((void *)lane->numbers), free(lane->scale), free(lane->low), free(lane->channel);
     free((void *)lane->coded), free((void *)lane->starts), free((void *)lane->ring);
 }
@@ -124,6 +136,7 @@ static int encode_once(const char *variant) {
     }
     e.x = random_tokens(heads, most, channels, (int)draw(3));
     float *clip = numbers(heads, FLOAT32, 0);
+    e.unit = 0.1f, e.keep = (int32_t)draw(4);
     e.count = count, e.clip = draw(2) ? clip : NULL, e.about_center = (int32_t)draw(2);
     e.parallel = draw(2) ? two_threads : NULL, e.threads = 2;
     const int result = kvmosaic_encode(variant, &e);

@@ -1,6 +1,7 @@
 // Every kernel for one instruction set. Included by native.c, once for each, with VARIANT, VARIANT_ISA, LANES, TARGET.
 
 #include "vector.h"
+#include "rotate.h"
 
 #include "attention/cpu.c"
 #include "encode/cpu.c"

@@ -41,7 +41,8 @@ INLINE floats NAME(all)(float x) { return x - (floats){0}; }
 INLINE words NAME(all_words)(uint32_t x) { return x - (words){0}; }
 
 // Where the numbers compare as unordered, `greater` and `lesser` give b: a NaN in b stays. `store_bytes` keeps the
-// lowest byte of each lane (compilers take lanes apart for it, so it has a name).
+// lowest byte of each lane (compilers take lanes apart for it, so it has a name). `look_up` takes each byte to that
+// byte, below 16, of a table that is repeated every 16 bytes.
 #if VARIANT_ISA == ISA_AVX512
 
 INLINE floats NAME(greater)(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }
@@ -53,6 +54,9 @@ INLINE floats NAME(of_halves)(shorts x) { return (floats)_mm512_cvtph_ps((__m256
 INLINE float NAME(sum)(floats v) { return _mm512_reduce_add_ps((__m512)v); }
 INLINE float NAME(greatest)(floats v) { return _mm512_reduce_max_ps((__m512)v); }
 INLINE void NAME(store_bytes)(void *x, words v) { _mm_storeu_si128(x, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE words NAME(look_up)(words table, words codes) {
+    return (words)_mm512_shuffle_epi8((__m512i)table, (__m512i)codes);
+}
 // acc + the four products of unsigned and signed bytes in each lane
 INLINE ints NAME(dot)(ints acc, words codes, words slices, int bits) {
     (void)bits;
@@ -73,6 +77,9 @@ INLINE void NAME(store_bytes)(void *x, words v) {
     const __m256i first = _mm256_set1_epi32(0x0c080400), each = _mm256_shuffle_epi8((__m256i)v, first);
     _mm_storel_epi64(x, _mm_unpacklo_epi32(_mm256_castsi256_si128(each), _mm256_extracti128_si256(each, 1)));
 }
+INLINE words NAME(look_up)(words table, words codes) {
+    return (words)_mm256_shuffle_epi8((__m256i)table, (__m256i)codes);
+}
 INLINE ints NAME(dot_small)(words codes, words slices) {
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)slices);
     return (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
@@ -88,6 +95,9 @@ INLINE void NAME(store_bytes)(void *x, words v) {
     const uint16x4_t pairs = vmovn_u32(v);
     const uint32x2_t bytes = vreinterpret_u32_u8(vmovn_u16(vcombine_u16(pairs, pairs)));
     memcpy(x, &bytes, 4);
+}
+INLINE words NAME(look_up)(words table, words codes) {
+    return (words)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)codes);
 }
 INLINE ints NAME(dot_small)(words codes, words slices) { // codes below 128 are the same signed
     return vdotq_s32(vdupq_n_s32(0), (int8x16_t)codes, (int8x16_t)slices);
@@ -111,6 +121,11 @@ INLINE floats NAME(of_halves)(shorts x) {
 }
 INLINE void NAME(store_bytes)(void *x, words v) {
     for (int i = 0; i < LANES; i++) ((uint8_t *)x)[i] = (uint8_t)v[i];
+}
+INLINE words NAME(look_up)(words table, words codes) {
+    words out;
+    for (int i = 0; i < LANES * 4; i++) ((uint8_t *)&out)[i] = ((uint8_t *)&table)[((uint8_t *)&codes)[i]];
+    return out;
 }
 INLINE ints NAME(dot_small)(words codes, words slices) {
     ints sum = {0};
