@@ -41,7 +41,8 @@ INLINE floats NAME(all)(float x) { return x - (floats){0}; }
 INLINE words NAME(all_words)(uint32_t x) { return x - (words){0}; }
 
 // Where the numbers compare as unordered, `greater` and `lesser` give b: a NaN in b stays. `store_bytes` keeps the
-// lowest byte of each lane (compilers take lanes apart for it, so it has a name). `look_up` takes each byte to that
+// lowest byte of each lane (compilers take lanes apart for it, so it has a name). `store_slices` writes, of each four
+// lanes, the four second bytes and the four lowest. `look_up` takes each byte to that
 // byte, below 16, of a table that is repeated every 16 bytes.
 #if VARIANT_ISA == ISA_AVX512
 
@@ -54,6 +55,12 @@ INLINE floats NAME(of_halves)(shorts x) { return (floats)_mm512_cvtph_ps((__m256
 INLINE float NAME(sum)(floats v) { return _mm512_reduce_add_ps((__m512)v); }
 INLINE float NAME(greatest)(floats v) { return _mm512_reduce_max_ps((__m512)v); }
 INLINE void NAME(store_bytes)(void *x, words v) { _mm_storeu_si128(x, _mm512_cvtepi32_epi8((__m512i)v)); }
+INLINE void NAME(store_slices)(void *x, words v) {
+    const __m128i order = _mm_set_epi32(-1, -1, 0x0c080400, 0x0d090501);
+    const __m512i each = _mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(order));
+    const __m512i even = _mm512_set_epi64(0, 0, 0, 0, 6, 4, 2, 0);
+    _mm256_storeu_si256(x, _mm512_castsi512_si256(_mm512_permutexvar_epi64(even, each)));
+}
 INLINE words NAME(look_up)(words table, words codes) {
     return (words)_mm512_shuffle_epi8((__m512i)table, (__m512i)codes);
 }
@@ -77,6 +84,11 @@ INLINE void NAME(store_bytes)(void *x, words v) {
     const __m256i first = _mm256_set1_epi32(0x0c080400), each = _mm256_shuffle_epi8((__m256i)v, first);
     _mm_storel_epi64(x, _mm_unpacklo_epi32(_mm256_castsi256_si128(each), _mm256_extracti128_si256(each, 1)));
 }
+INLINE void NAME(store_slices)(void *x, words v) {
+    const __m256i order = _mm256_set1_epi64x(0x0c0804000d090501);
+    const __m256i each = _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)v, order), 8);
+    _mm_storeu_si128(x, _mm256_castsi256_si128(each));
+}
 INLINE words NAME(look_up)(words table, words codes) {
     return (words)_mm256_shuffle_epi8((__m256i)table, (__m256i)codes);
 }
@@ -95,6 +107,10 @@ INLINE void NAME(store_bytes)(void *x, words v) {
     const uint16x4_t pairs = vmovn_u32(v);
     const uint32x2_t bytes = vreinterpret_u32_u8(vmovn_u16(vcombine_u16(pairs, pairs)));
     memcpy(x, &bytes, 4);
+}
+INLINE void NAME(store_slices)(void *x, words v) {
+    const uint8x8_t each = vqtbl1_u8((uint8x16_t)v, vcreate_u8(0x0c0804000d090501));
+    memcpy(x, &each, 8);
 }
 INLINE words NAME(look_up)(words table, words codes) {
     return (words)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)codes);
@@ -121,6 +137,9 @@ INLINE floats NAME(of_halves)(shorts x) {
 }
 INLINE void NAME(store_bytes)(void *x, words v) {
     for (int i = 0; i < LANES; i++) ((uint8_t *)x)[i] = (uint8_t)v[i];
+}
+INLINE void NAME(store_slices)(void *x, words v) {
+    for (int i = 0; i < LANES; i++) ((uint8_t *)x)[i] = (uint8_t)(v[i] >> 8), ((uint8_t *)x)[LANES + i] = (uint8_t)v[i];
 }
 INLINE words NAME(look_up)(words table, words codes) {
     words out;
@@ -155,6 +174,41 @@ INLINE ints NAME(dot)(ints acc, words codes, words slices, int bits) {
     return acc + NAME(dot_small)(low, slices) + (NAME(dot_small)(high, slices) << 4);
 }
 
+#endif
+
+// The sums, or the greatest numbers, of four vectors at once.
+#if VARIANT_ISA == ISA_AVX512 || VARIANT_ISA == ISA_AVX2
+#if VARIANT_ISA == ISA_AVX512
+#define OF(operation, ...) (floats)_mm512_##operation(__VA_ARGS__)
+#define WIDE __m512
+#else
+#define OF(operation, ...) (floats)_mm256_##operation(__VA_ARGS__)
+#define WIDE __m256
+#endif
+#define FOUR(name, join, narrow)                                                                                       \
+    INLINE void NAME(name)(const floats *v, float *out) {                                                              \
+        const floats a = join(OF(unpacklo_ps, (WIDE)v[0], (WIDE)v[1]), OF(unpackhi_ps, (WIDE)v[0], (WIDE)v[1]));       \
+        const floats b = join(OF(unpacklo_ps, (WIDE)v[2], (WIDE)v[3]), OF(unpackhi_ps, (WIDE)v[2], (WIDE)v[3]));       \
+        const floats c = join(OF(shuffle_ps, (WIDE)a, (WIDE)b, 0x44), OF(shuffle_ps, (WIDE)a, (WIDE)b, 0xee));         \
+        __m128 quarter[LANES / 4]; /* each has something of all four */                                                \
+        memcpy(quarter, &c, sizeof c);                                                                                 \
+        for (int i = LANES / 8; i > 0; i /= 2)                                                                         \
+            for (int j = 0; j < i; j++) quarter[j] = narrow(quarter[j], quarter[i + j]);                               \
+        memcpy(out, quarter, sizeof *quarter);                                                                         \
+    }
+#define PLUS(a, b) ((a) + (b))
+FOUR(sum_four, PLUS, _mm_add_ps) FOUR(greatest_four, NAME(greater), _mm_max_ps)
+#undef PLUS
+#undef FOUR
+#undef WIDE
+#undef OF
+#else
+INLINE void NAME(sum_four)(const floats *v, float *out) {
+    for (int i = 0; i < 4; i++) out[i] = NAME(sum)(v[i]);
+}
+INLINE void NAME(greatest_four)(const floats *v, float *out) {
+    for (int i = 0; i < 4; i++) out[i] = NAME(greatest)(v[i]);
+}
 #endif
 
 // Numbers as stored, as float32; `number` is a constant where this is inlined.

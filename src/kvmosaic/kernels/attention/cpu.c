@@ -40,8 +40,12 @@ struct attention_run {
 
 // A float vector for each row as two slices of signed bytes: x is about worth * (256 * high + low).
 struct slices {
-    int8_t bytes[ROWS][2][MOST_CHANNELS];
-    float worth[MOST_GROUPS][ROWS];
+    int8_t bytes[ROWS][MOST_CHANNELS * 2]; // of each four numbers the high bytes, then the low ones
+};
+// What comes with the slices of a group: what 1 is worth, the product with another vector, and the mean rounding, to be
+// taken off.
+struct sliced {
+    float worth[ROWS], product[ROWS], correction[ROWS];
 };
 
 // A block's codes. `ahead`: how far two blocks are, in bytes for each bit of a code.
@@ -61,8 +65,7 @@ struct work {
     float poison[ROWS];               // 0, or NaN where the row's query is not finite
     struct slices query_slices;       // of the query times the scales of entry `sliced`, -1 = none yet
     int64_t sliced;
-    float constant[MOST_GROUPS][ROWS]; // keys' part without codes: q . low (axis CHANNEL), sum q (TOKEN: times low[t])
-    float correction[MOST_GROUPS][ROWS]; // and what takes off the mean error of the slices, times scale[t]
+    struct sliced query_groups[MOST_GROUPS]; // product: q . low (axis CHANNEL), sum q (TOKEN: times low[t])
     float logits[ROWS][BLOCK];         // then probabilities
     uint16_t token_scale[MOST_GROUPS * BLOCK], token_low[MOST_GROUPS * BLOCK]; // axis TOKEN: [channel group][token]
     float top[ROWS], mass[ROWS];       // so far: greatest logit, sum of probabilities relative to it
@@ -173,14 +176,14 @@ INLINE void NAME(tile)(const int rows, const int bits, const int looks_up, const
 #pragma GCC unroll 2
                 for (int s = 0; s < 2; s++) {
                     uint32_t four;
-                    memcpy(&four, slices + (r * 2 + s) * MOST_CHANNELS + plane * 4, 4);
+                    memcpy(&four, slices + r * MOST_CHANNELS * 2 + plane * 8 + s * 4, 4);
                     const words b = NAME(all_words)(four);
                     acc[r][s][0] = NAME(dot)(acc[r][s][0], code[0], b, bits);
                     acc[r][s][1] = NAME(dot)(acc[r][s][1], code[1], b, bits);
                 }
             }
         }
-        slices += 4 * planes;
+        slices += 8 * planes;
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
@@ -227,37 +230,63 @@ FN void NAME(multiply)(const struct lane *of, const struct packed *packed, int64
     const int64_t vectors = ceil_div(last_depth, per_vector) - first;
     for (int64_t at = lane & -(2 * LANES); at < last_lane; at += 2 * LANES)
         for (int64_t row = 0; row < rows; row += 4)
-            tile[least_of(rows - row, 4) - 1](packed, first, at, vectors, slices->bytes[row][0] + first * per_vector,
+            tile[least_of(rows - row, 4) - 1](packed, first, at, vectors, slices->bytes[row] + first * per_vector * 2,
                                               worth + row, lane_scale + at, out + row * out_stride + at, out_stride,
                                               row ? 0 : packed->ahead);
 }
 
-// What 1 is worth in slices of a vector whose greatest magnitude is `most`.
-INLINE float NAME(worth_of)(floats most) {
-    const float top = NAME(greatest)(most);
-    return top > NEGLIGIBLE ? top / SLICE_MOST : 0;
-}
-
-// Writes x[0 ... count), whole vectors, as integers of that worth in two slices. Gives the sum of the integers.
-INLINE floats NAME(split)(const float *x, int64_t count, float worth, int8_t *bytes) {
-    const floats inverse = NAME(all)(worth > 0 ? 1 / worth : 0);
-    floats sum = {0};
-    for (int64_t i = 0; i < count; i += LANES) {
-        const floats shifted = NAME(fma)(NAME(load)(x + i), inverse, NAME(all)(ROUNDER));
-        const words v = (words)shifted; // the integer is in the low 16 bits
-        NAME(store_bytes)(bytes + i, (v + 128) >> 8);
-        NAME(store_bytes)(bytes + MOST_CHANNELS + i, v);
-        sum += shifted - ROUNDER;
-    }
-    return sum;
-}
-
-// What rounding to the integers adds up to comes out of a product multiplied by the mean operand: minus that.
-INLINE float NAME(correction)(floats integers, float worth, floats sum, float middle) {
-    return NAME(sum)(sum - integers * worth) * middle;
-}
-
 INLINE floats NAME(magnitude)(floats x) { return (floats)((ints)x & INT32_MAX); }
+
+// Up to four rows times `factor` in slices, numbers [0, count) of each.
+INLINE void NAME(slice_four)(const float *rows, int64_t stride, int64_t many, const float *factor, const float *other,
+                             const int64_t count, float middle, int8_t (*bytes)[MOST_CHANNELS * 2],
+                             struct sliced *sliced, int64_t row) {
+    float scaled[4][MOST_CHANNELS], most[4];
+    floats tops[4] = {{0}, {0}, {0}, {0}}, sums[4] = {{0}, {0}, {0}, {0}}, products[4] = {{0}, {0}, {0}, {0}};
+    for (int r = 0; r < many; r++) {
+        floats top = {0}, sum = {0}, product = {0};
+        for (int64_t i = 0; i < count; i += LANES) {
+            const floats q = NAME(load)(rows + r * stride + i), x = q * NAME(load)(factor + i);
+            NAME(store)(scaled[r] + i, x);
+            top = NAME(greater)(top, NAME(magnitude)(x));
+            sum += x;
+            product = NAME(fma)(q, NAME(load)(other + i), product);
+        }
+        tops[r] = top, sums[r] = sum, products[r] = product;
+    }
+    NAME(greatest_four)(tops, most);
+    NAME(sum_four)(products, sliced->product + row);
+    // adding 128 to the integer rounds its high byte; it then stands in the low one with the sign turned round
+    const floats rounder = NAME(all)(ROUNDER + 128);
+    for (int r = 0; r < many; r++) {
+        const float worth = sliced->worth[row + r] = most[r] > NEGLIGIBLE ? most[r] / SLICE_MOST : 0;
+        const floats inverse = NAME(all)(most[r] > NEGLIGIBLE ? SLICE_MOST / most[r] : 0);
+        words integers = {0};
+        for (int64_t i = 0; i < count; i += LANES) {
+            const words v = (words)NAME(fma)(NAME(load)(scaled[r] + i), inverse, rounder);
+            NAME(store_slices)(bytes[r] + i * 2, v ^ 128);
+            integers += v - (words)rounder;
+        }
+        sums[r] -= __builtin_convertvector((ints)integers, floats) * worth;
+    }
+    NAME(sum_four)(sums, sliced->correction + row);
+    for (int r = 0; r < 4; r++) sliced->correction[row + r] *= middle;
+}
+
+// Rows times `factor` in slices, numbers [first, first + count) of each, whole vectors; `other` is what the rows'
+// product is with. What rounding adds up to comes out of a product with codes multiplied by their `middle`.
+FN void NAME(slice)(const float *x, int64_t stride, int64_t rows, const float *factor, const float *other,
+                    int64_t first, int64_t count, float middle, struct slices *slices, struct sliced *sliced) {
+    for (int64_t row = 0; row < rows; row += 4) {
+        int8_t(*bytes)[MOST_CHANNELS * 2] = (void *)(slices->bytes[row] + first * 2);
+        const float *from = x + row * stride + first;
+        if (count == 128 && rows - row >= 4)
+            NAME(slice_four)(from, stride, 4, factor + first, other + first, 128, middle, bytes, sliced, row);
+        else
+            NAME(slice_four)(from, stride, least_of(rows - row, 4), factor + first, other + first, count, middle, bytes,
+                             sliced, row);
+    }
+}
 
 FN void NAME(load_halves)(const uint16_t *x, int64_t count, float *out) {
     int64_t i = 0;
@@ -280,6 +309,10 @@ FN void NAME(by_group)(const uint16_t *restrict x, int64_t tokens, int64_t group
 
 // Sets `to` to `from` on [first, last) and to zero around it, up to whole edges.
 INLINE void NAME(window)(float *to, const float *from, int64_t first, int64_t last) {
+    if (first % EDGE == 0 && last % EDGE == 0) {
+        memcpy(to + first, from + first, (last - first) * sizeof *to);
+        return;
+    }
     ints lane;
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int64_t i = first & -EDGE; i < last || i % EDGE; i += LANES) {
@@ -292,8 +325,8 @@ INLINE void NAME(window)(float *to, const float *from, int64_t first, int64_t la
 FN void NAME(slice_query)(struct work *w, const struct lane *lane, int64_t entry) {
     const int64_t channels = w->a->channels, width = padded(channels);
     const int64_t group = lane->axis == CHANNEL || lane->group == channels ? width : lane->group;
-    const float(*query)[MOST_CHANNELS] = lane->rotation ? w->rotated : w->query, middle = middle_of(lane);
-    float scale[MOST_CHANNELS], low[MOST_CHANNELS], scaled[MOST_CHANNELS];
+    const float(*query)[MOST_CHANNELS] = lane->rotation ? w->rotated : w->query;
+    float scale[MOST_CHANNELS], low[MOST_CHANNELS];
     if (lane->axis == CHANNEL) {
         const int64_t at = (w->head * lane->entries + entry) * channels;
         NAME(load_halves)(lane->scale + at, channels, scale);
@@ -304,22 +337,11 @@ FN void NAME(slice_query)(struct work *w, const struct lane *lane, int64_t entry
             NAME(load_halves)(lane->channel + (w->head * lane->runs + entry) * channels, channels, scale);
         NAME(window)(low, scale, 0, channels); // the lows are the tokens': each is worth the sum of the scaled query
     }
-    for (int64_t r = 0; r < w->rows; r++)
-        for (int64_t g = 0, d = 0; d < width; g++, d += group) {
-            floats most = {0}, constant = {0}, sum = {0};
-            for (int64_t i = d; i < d + group; i += LANES) {
-                const floats q = NAME(load)(query[r] + i), x = q * NAME(load)(scale + i);
-                NAME(store)(scaled + i, x);
-                most = NAME(greater)(most, NAME(magnitude)(x));
-                sum += x;
-                constant = NAME(fma)(q, NAME(load)(low + i), constant);
-            }
-            const float worth = NAME(worth_of)(most);
-            w->constant[g][r] = w->poison[r] + NAME(sum)(constant);
-            w->query_slices.worth[g][r] = worth;
-            const floats integers = NAME(split)(scaled + d, group, worth, w->query_slices.bytes[r][0] + d);
-            w->correction[g][r] = NAME(correction)(integers, worth, sum, middle);
-        }
+    for (int64_t g = 0; g * group < width; g++) {
+        NAME(slice)(query[0], MOST_CHANNELS, w->rows, scale, low, g * group, group, middle_of(lane), &w->query_slices,
+                    w->query_groups + g);
+        for (int64_t r = 0; r < w->rows; r++) w->query_groups[g].product[r] += w->poison[r];
+    }
     w->sliced = entry;
 }
 
@@ -346,12 +368,10 @@ FN void NAME(token_scales)(const struct work *w, const struct lane *lane, int64_
         NAME(window)(low, ONES, first, last);
         return;
     }
-    float own[BLOCK];
-    NAME(load_halves)(w->token_scale + group * BLOCK, last, own);
-    NAME(window)(scale, own, first, last);
-    if (!lane->levels) NAME(load_halves)(w->token_low + group * BLOCK, last, own);
-    NAME(window)(low, own, first, last);
-    for (int64_t t = first & -EDGE; lane->levels && t < last; t += LANES) { // zero is in the middle of the levels
+    NAME(load_halves)(w->token_scale + group * BLOCK, last, scale);
+    if (!lane->levels) NAME(load_halves)(w->token_low + group * BLOCK, last, low);
+    if (first) NAME(window)(scale, scale, first, last), NAME(window)(low, low, first, last);
+    for (int64_t t = first & -EDGE; lane->levels && t < padded(last); t += LANES) { // zero is in the middle of the levels
         const floats x = NAME(load)(scale + t) * step_of(lane);
         NAME(store)(scale + t, x);
         NAME(store)(low + t, x * -middle_of(lane));
@@ -375,13 +395,13 @@ FN void NAME(coded_logits)(struct work *w, int64_t block, int64_t to) {
             NAME(token_scales)(w, lane, g, first, last, scale, low);
             for (int64_t r = 0; r < w->rows; r++)
                 for (int64_t t = first & -EDGE; t < last; t += LANES) {
-                    const floats x = NAME(fma)(NAME(load)(low + t), NAME(all)(w->constant[g][r]),
+                    const floats x = NAME(fma)(NAME(load)(low + t), NAME(all)(w->query_groups[g].product[r]),
                                                NAME(load)(w->logits[r] + t));
                     NAME(store)(w->logits[r] + t,
-                                NAME(fma)(NAME(load)(scale + t), NAME(all)(w->correction[g][r]), x));
+                                NAME(fma)(NAME(load)(scale + t), NAME(all)(w->query_groups[g].correction[r]), x));
                 }
             NAME(multiply)(lane, &packed, w->rows, first, last, g * group, (g + 1) * group, &w->query_slices,
-                           w->query_slices.worth[g], scale, w->logits[0], BLOCK);
+                           w->query_groups[g].worth, scale, w->logits[0], BLOCK);
         }
     }
 }
@@ -414,26 +434,15 @@ FN void NAME(coded_values)(struct work *w, int64_t block, int64_t to) {
                 NAME(window)(lane_low, lane_scale, d0, d1);
             }
             const int64_t edge = first & -EDGE, width = ceil_div(last, EDGE) * EDGE - edge;
-            for (int64_t r = 0; r < w->rows; r++) {
-                float weights[BLOCK];
-                floats most = {0}, sum = {0}, lows = {0};
-                for (int64_t t = edge; t < edge + width; t += LANES) {
-                    const floats p = NAME(load)(w->logits[r] + t), x = p * NAME(load)(scale + t);
-                    NAME(store)(weights + t, x);
-                    most = NAME(greater)(most, x);
-                    sum += x;
-                    lows = NAME(fma)(p, NAME(load)(low + t), lows);
-                }
-                const float worth = slices.worth[0][r] = NAME(worth_of)(most);
-                const floats integers = NAME(split)(weights + edge, width, worth, slices.bytes[r][0] + edge);
-                const floats total = NAME(all)(NAME(sum)(lows));
-                const floats correction = NAME(all)(NAME(correction)(integers, worth, sum, middle_of(lane)));
+            struct sliced sliced;
+            NAME(slice)(w->logits[0], BLOCK, w->rows, scale, low, edge, width, middle_of(lane), &slices, &sliced);
+            for (int64_t r = 0; r < w->rows; r++)
                 for (int64_t d = d0 & -EDGE; d < d1; d += LANES) {
-                    const floats x = NAME(fma)(NAME(load)(lane_low + d), total, NAME(load)(mixed[r] + d));
+                    const floats product = NAME(all)(sliced.product[r]), correction = NAME(all)(sliced.correction[r]);
+                    const floats x = NAME(fma)(NAME(load)(lane_low + d), product, NAME(load)(mixed[r] + d));
                     NAME(store)(mixed[r] + d, NAME(fma)(NAME(load)(lane_scale + d), correction, x));
                 }
-            }
-            NAME(multiply)(lane, &packed, w->rows, d0, d1, first, last, &slices, slices.worth[0], lane_scale, mixed[0],
+            NAME(multiply)(lane, &packed, w->rows, d0, d1, first, last, &slices, sliced.worth, lane_scale, mixed[0],
                            MOST_CHANNELS);
         }
     }
