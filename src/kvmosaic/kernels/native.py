@@ -1,8 +1,8 @@
 """The compiled CPU kernels: finding them, choosing a variant for this CPU, and the structs that they take.
 
 The library is built as an optional extension when the package is installed (`setup.py`) and called through ctypes.
-Without it the PyTorch references run, and a warning says so once. KVMOSAIC_CPU forces a variant: avx512vnni, avx2,
-neon, plain, or reference.
+Without it the PyTorch references run, and a warning says so once. KVMOSAIC_CPU forces a variant: avx512vnni,
+avxvnni, avx2, neon, plain, or reference.
 """
 
 import ctypes

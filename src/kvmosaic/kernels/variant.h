@@ -12,6 +12,7 @@
 #undef shorts
 #undef VARIANT
 #undef VARIANT_ISA
+#undef VARIANT_VNNI
 #undef LANES
 #undef TARGET
 #undef NAME
@@ -20,3 +21,4 @@
 #undef FN
 #undef INLINE
 #undef ROUNDER
+#undef SPAN

@@ -92,6 +92,12 @@ INLINE void NAME(store_slices)(void *x, words v) {
 INLINE words NAME(look_up)(words table, words codes) {
     return (words)_mm256_shuffle_epi8((__m256i)table, (__m256i)codes);
 }
+#if VARIANT_VNNI
+INLINE ints NAME(dot)(ints acc, words codes, words slices, int bits) {
+    (void)bits;
+    return (ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)codes, (__m256i)slices);
+}
+#endif
 INLINE ints NAME(dot_small)(words codes, words slices) {
     const __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, (__m256i)slices);
     return (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
@@ -167,12 +173,14 @@ INLINE float NAME(greatest)(floats v) {
     return most;
 }
 
+#if !VARIANT_VNNI
 // Bytes above 4 bits in two halves: pairs of products would pass 16 bits in AVX2, codes above 127 are negative in NEON.
 INLINE ints NAME(dot)(ints acc, words codes, words slices, int bits) {
     if (bits < 8) return acc + NAME(dot_small)(codes, slices);
     const words low = codes & 0x0f0f0f0f, high = codes >> 4 & 0x0f0f0f0f;
     return acc + NAME(dot_small)(low, slices) + (NAME(dot_small)(high, slices) << 4);
 }
+#endif
 
 #endif
 

@@ -19,7 +19,7 @@
 
 enum { ROWS = 16 };              // query rows that go over the codes together
 enum { MOST_GROUPS = MOST_CHANNELS / 16 }; // axis TOKEN: a channel group is 16 channels at least (cpu.py asks for it)
-enum { EDGE = 32 };              // a vector's depth and two vectors of lanes are at most this, and divide it
+enum { EDGE = 32 };              // a vector's depth and SPAN vectors of lanes are at most this, and divide it
 enum { SLICE_MOST = 127 * 256 }; // greatest integer that splits into two signed bytes
 #define NEGLIGIBLE 1e-30f        // a vector below it counts as zero: its inverse would overflow
 
@@ -133,7 +133,8 @@ static struct exact exact_at(const struct lane *lane, const struct exact *fresh,
 
 #endif
 
-// out[row][lane] += worth[row] * lane_scale[lane] * sum over the depth of code * slice, for two vectors of lanes.
+#define SPAN (VARIANT_ISA == ISA_AVX2 ? 1 : 2) // vectors of lanes at a time: four rows' sums fill half the registers
+// out[row][lane] += worth[row] * lane_scale[lane] * sum over the depth of code * slice, for SPAN vectors of lanes.
 INLINE void NAME(tile)(const int rows, const int bits, const int looks_up, const struct packed *packed, int64_t first,
                        int64_t at, int64_t vectors, const int8_t *slices, const float *worth, const float *lane_scale,
                        float *out, int64_t out_stride, int64_t ahead) {
@@ -144,29 +145,31 @@ INLINE void NAME(tile)(const int rows, const int bits, const int looks_up, const
     const words mask = NAME(all_words)(((1u << low) - 1) * 0x01010101u), third = NAME(all_words)(0x04040404u);
     words table = {0};
     for (int i = 0; looks_up && i < LANES; i++) memcpy((char *)&table + i * 4, packed->operands + i % 4 * 4, 4);
-    ints acc[4][2][2];
+    ints acc[4][2][SPAN];
 #pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) acc[r][0][0] = acc[r][0][1] = acc[r][1][0] = acc[r][1][1] = (ints){0};
+    for (int r = 0; r < rows; r++)
+        for (int u = 0; u < SPAN; u++) acc[r][0][u] = acc[r][1][u] = (ints){0};
     for (int64_t v = 0; v < vectors; v++) {
-        words held[2][2], held_top[2];
+        words held[2][SPAN], held_top[SPAN];
 #pragma GCC unroll 2
-        for (int i = 0; i < loads; i++, codes += stride) {
-            held[i][0] = NAME(load_words)(codes), held[i][1] = NAME(load_words)(codes + LANES * 4);
+        for (int u = 0; u < SPAN; u++) {
             // codes of the blocks to come are on their way to L2 (in L1 they would push these out)
-            __builtin_prefetch(codes + ahead * low, 0, 2);
-            __builtin_prefetch(codes + ahead * low + LANES * 4, 0, 2);
+#pragma GCC unroll 2
+            for (int i = 0; i < loads; i++) {
+                held[i][u] = NAME(load_words)(codes + i * stride + u * LANES * 4);
+                __builtin_prefetch(codes + i * stride + u * LANES * 4 + ahead * low, 0, 2);
+            }
+            if (bits != 3) continue;
+            held_top[u] = NAME(load_words)(top + u * LANES * 4);
+            __builtin_prefetch(top + u * LANES * 4 + ahead, 0, 2);
         }
-        if (bits == 3) {
-            held_top[0] = NAME(load_words)(top), held_top[1] = NAME(load_words)(top + LANES * 4);
-            __builtin_prefetch(top + ahead, 0, 2);
-            __builtin_prefetch(top + ahead + LANES * 4, 0, 2);
-            top += stride;
-        }
+        codes += loads * stride;
+        if (bits == 3) top += stride;
 #pragma GCC unroll 8
         for (int plane = 0; plane < planes; plane++) {
-            words code[2];
+            words code[SPAN];
 #pragma GCC unroll 2
-            for (int u = 0; u < 2; u++) {
+            for (int u = 0; u < SPAN; u++) {
                 code[u] = held[plane * low / 8][u] >> (plane * low % 8) & mask;
                 if (bits == 3) code[u] |= (plane < 2 ? held_top[u] << (2 - plane) : held_top[u] >> (plane - 2)) & third;
                 if (looks_up) code[u] = NAME(look_up)(table, code[u]);
@@ -178,8 +181,8 @@ INLINE void NAME(tile)(const int rows, const int bits, const int looks_up, const
                     uint32_t four;
                     memcpy(&four, slices + r * MOST_CHANNELS * 2 + plane * 8 + s * 4, 4);
                     const words b = NAME(all_words)(four);
-                    acc[r][s][0] = NAME(dot)(acc[r][s][0], code[0], b, bits);
-                    acc[r][s][1] = NAME(dot)(acc[r][s][1], code[1], b, bits);
+#pragma GCC unroll 2
+                    for (int u = 0; u < SPAN; u++) acc[r][s][u] = NAME(dot)(acc[r][s][u], code[u], b, bits);
                 }
             }
         }
@@ -188,7 +191,7 @@ INLINE void NAME(tile)(const int rows, const int bits, const int looks_up, const
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++) {
 #pragma GCC unroll 2
-        for (int u = 0; u < 2; u++) {
+        for (int u = 0; u < SPAN; u++) {
             const floats high = __builtin_convertvector(acc[r][0][u], floats);
             const floats low = __builtin_convertvector(acc[r][1][u], floats);
             const floats sum = NAME(fma)(high, NAME(all)(256.0f), low);
@@ -228,7 +231,7 @@ FN void NAME(multiply)(const struct lane *of, const struct packed *packed, int64
     tile_fn *const *tile = tiles[of->bits][looks_up(of)];
     const int64_t per_vector = of->bits == 3 ? 32 : 32 / of->bits, first = depth / per_vector;
     const int64_t vectors = ceil_div(last_depth, per_vector) - first;
-    for (int64_t at = lane & -(2 * LANES); at < last_lane; at += 2 * LANES)
+    for (int64_t at = lane & -(SPAN * LANES); at < last_lane; at += SPAN * LANES)
         for (int64_t row = 0; row < rows; row += 4)
             tile[least_of(rows - row, 4) - 1](packed, first, at, vectors, slices->bytes[row] + first * per_vector * 2,
                                               worth + row, lane_scale + at, out + row * out_stride + at, out_stride,
