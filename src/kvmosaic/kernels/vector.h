@@ -42,7 +42,7 @@ INLINE words NAME(all_words)(uint32_t x) { return x - (words){0}; }
 
 // Where the numbers compare as unordered, `greater` and `lesser` give b: a NaN in b stays. `store_bytes` keeps the
 // lowest byte of each lane (compilers take lanes apart for it, so it has a name). `store_slices` writes, of each four
-// lanes, the four second bytes and the four lowest. `look_up` takes each byte to that
+// lanes of a and then of b, the four second bytes and the four lowest with their signs turned round. `look_up` takes each byte to that
 // byte, below 16, of a table that is repeated every 16 bytes.
 #if VARIANT_ISA == ISA_AVX512
 
@@ -55,11 +55,15 @@ INLINE floats NAME(of_halves)(shorts x) { return (floats)_mm512_cvtph_ps((__m256
 INLINE float NAME(sum)(floats v) { return _mm512_reduce_add_ps((__m512)v); }
 INLINE float NAME(greatest)(floats v) { return _mm512_reduce_max_ps((__m512)v); }
 INLINE void NAME(store_bytes)(void *x, words v) { _mm_storeu_si128(x, _mm512_cvtepi32_epi8((__m512i)v)); }
-INLINE void NAME(store_slices)(void *x, words v) {
-    const __m128i order = _mm_set_epi32(-1, -1, 0x0c080400, 0x0d090501);
-    const __m512i each = _mm512_shuffle_epi8((__m512i)v, _mm512_broadcast_i32x4(order));
-    const __m512i even = _mm512_set_epi64(0, 0, 0, 0, 6, 4, 2, 0);
-    _mm256_storeu_si256(x, _mm512_castsi512_si256(_mm512_permutexvar_epi64(even, each)));
+INLINE void NAME(store_slices)(void *x, words a, words b) {
+    const __m512i order = _mm512_set1_epi64(0x0c0804000d090501), even = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0);
+    const __m512i first = _mm512_shuffle_epi8((__m512i)a, order), second = _mm512_shuffle_epi8((__m512i)b, order);
+    const __m512i both = _mm512_permutex2var_epi64(first, even, second);
+    _mm512_storeu_si512(x, _mm512_xor_si512(both, _mm512_set1_epi64((int64_t)0x8080808000000000)));
+}
+// the greatest of magnitudes so far, and that of x
+INLINE floats NAME(greater_magnitude)(floats most, floats x) {
+    return (floats)_mm512_range_ps((__m512)most, (__m512)x, 0xb);
 }
 INLINE words NAME(look_up)(words table, words codes) {
     return (words)_mm512_shuffle_epi8((__m512i)table, (__m512i)codes);
@@ -71,6 +75,11 @@ INLINE ints NAME(dot)(ints acc, words codes, words slices, int bits) {
 }
 
 #else
+
+INLINE floats NAME(greater)(floats a, floats b);
+INLINE floats NAME(greater_magnitude)(floats most, floats x) {
+    return NAME(greater)(most, (floats)((ints)x & INT32_MAX));
+}
 
 #if VARIANT_ISA == ISA_AVX2
 
@@ -84,10 +93,11 @@ INLINE void NAME(store_bytes)(void *x, words v) {
     const __m256i first = _mm256_set1_epi32(0x0c080400), each = _mm256_shuffle_epi8((__m256i)v, first);
     _mm_storel_epi64(x, _mm_unpacklo_epi32(_mm256_castsi256_si128(each), _mm256_extracti128_si256(each, 1)));
 }
-INLINE void NAME(store_slices)(void *x, words v) {
+INLINE void NAME(store_slices)(void *x, words a, words b) {
     const __m256i order = _mm256_set1_epi64x(0x0c0804000d090501);
-    const __m256i each = _mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)v, order), 8);
-    _mm_storeu_si128(x, _mm256_castsi256_si128(each));
+    const __m256i first = _mm256_shuffle_epi8((__m256i)a, order), second = _mm256_shuffle_epi8((__m256i)b, order);
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(first, second), 0xd8);
+    _mm256_storeu_si256(x, _mm256_xor_si256(both, _mm256_set1_epi64x((int64_t)0x8080808000000000)));
 }
 INLINE words NAME(look_up)(words table, words codes) {
     return (words)_mm256_shuffle_epi8((__m256i)table, (__m256i)codes);
@@ -114,9 +124,11 @@ INLINE void NAME(store_bytes)(void *x, words v) {
     const uint32x2_t bytes = vreinterpret_u32_u8(vmovn_u16(vcombine_u16(pairs, pairs)));
     memcpy(x, &bytes, 4);
 }
-INLINE void NAME(store_slices)(void *x, words v) {
-    const uint8x8_t each = vqtbl1_u8((uint8x16_t)v, vcreate_u8(0x0c0804000d090501));
-    memcpy(x, &each, 8);
+INLINE void NAME(store_slices)(void *x, words a, words b) {
+    const uint8x8_t order = vcreate_u8(0x0c0804000d090501), sign = vcreate_u8(0x8080808000000000);
+    const uint8x8_t first = veor_u8(vqtbl1_u8((uint8x16_t)a, order), sign);
+    const uint8x8_t second = veor_u8(vqtbl1_u8((uint8x16_t)b, order), sign);
+    memcpy(x, &first, 8), memcpy((char *)x + 8, &second, 8);
 }
 INLINE words NAME(look_up)(words table, words codes) {
     return (words)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)codes);
@@ -144,8 +156,10 @@ INLINE floats NAME(of_halves)(shorts x) {
 INLINE void NAME(store_bytes)(void *x, words v) {
     for (int i = 0; i < LANES; i++) ((uint8_t *)x)[i] = (uint8_t)v[i];
 }
-INLINE void NAME(store_slices)(void *x, words v) {
-    for (int i = 0; i < LANES; i++) ((uint8_t *)x)[i] = (uint8_t)(v[i] >> 8), ((uint8_t *)x)[LANES + i] = (uint8_t)v[i];
+INLINE void NAME(store_slices)(void *x, words a, words b) {
+    uint8_t *to = x;
+    for (int i = 0; i < LANES; i++) to[i] = (uint8_t)(a[i] >> 8), to[LANES + i] = (uint8_t)(a[i] ^ 128);
+    for (int i = 0; i < LANES; i++) to[8 + i] = (uint8_t)(b[i] >> 8), to[8 + LANES + i] = (uint8_t)(b[i] ^ 128);
 }
 INLINE words NAME(look_up)(words table, words codes) {
     words out;

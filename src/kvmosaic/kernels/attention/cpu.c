@@ -238,8 +238,6 @@ FN void NAME(multiply)(const struct lane *of, const struct packed *packed, int64
                                               row ? 0 : packed->ahead);
 }
 
-INLINE floats NAME(magnitude)(floats x) { return (floats)((ints)x & INT32_MAX); }
-
 // Up to four rows times `factor` in slices, numbers [0, count) of each.
 INLINE void NAME(slice_four)(const float *rows, int64_t stride, int64_t many, const float *factor, const float *other,
                              const int64_t count, float middle, int8_t (*bytes)[MOST_CHANNELS * 2],
@@ -251,7 +249,7 @@ INLINE void NAME(slice_four)(const float *rows, int64_t stride, int64_t many, co
         for (int64_t i = 0; i < count; i += LANES) {
             const floats q = NAME(load)(rows + r * stride + i), x = q * NAME(load)(factor + i);
             NAME(store)(scaled[r] + i, x);
-            top = NAME(greater)(top, NAME(magnitude)(x));
+            top = NAME(greater_magnitude)(top, x);
             sum += x;
             product = NAME(fma)(q, NAME(load)(other + i), product);
         }
@@ -259,16 +257,17 @@ INLINE void NAME(slice_four)(const float *rows, int64_t stride, int64_t many, co
     }
     NAME(greatest_four)(tops, most);
     NAME(sum_four)(products, sliced->product + row);
-    // adding 128 to the integer rounds its high byte; it then stands in the low one with the sign turned round
+    // 128 more rounds the integer's high byte, and turns the sign of the low one round
     const floats rounder = NAME(all)(ROUNDER + 128);
     for (int r = 0; r < many; r++) {
         const float worth = sliced->worth[row + r] = most[r] > NEGLIGIBLE ? most[r] / SLICE_MOST : 0;
         const floats inverse = NAME(all)(most[r] > NEGLIGIBLE ? SLICE_MOST / most[r] : 0);
         words integers = {0};
-        for (int64_t i = 0; i < count; i += LANES) {
-            const words v = (words)NAME(fma)(NAME(load)(scaled[r] + i), inverse, rounder);
-            NAME(store_slices)(bytes[r] + i * 2, v ^ 128);
-            integers += v - (words)rounder;
+        for (int64_t i = 0; i < count; i += 2 * LANES) {
+            const words a = (words)NAME(fma)(NAME(load)(scaled[r] + i), inverse, rounder);
+            const words b = (words)NAME(fma)(NAME(load)(scaled[r] + i + LANES), inverse, rounder);
+            NAME(store_slices)(bytes[r] + i * 2, a, b);
+            integers += (a - (words)rounder) + (b - (words)rounder);
         }
         sums[r] -= __builtin_convertvector((ints)integers, floats) * worth;
     }
