@@ -63,8 +63,8 @@ struct work {
     float rotated[ROWS][MOST_CHANNELS]; // the same for keys that are coded rotated
     uint8_t operands[2][16];            // by role: what levels are looked up to
     float poison[ROWS];               // 0, or NaN where the row's query is not finite
-    struct slices query_slices;       // of the query times the scales of entry `sliced`, -1 = none yet
-    int64_t sliced;
+    struct slices query_slices;       // of the query times the scales of entry `sliced_entry`, -1 = none yet
+    int64_t sliced_entry;
     struct sliced query_groups[MOST_GROUPS]; // product: q . low (axis CHANNEL), sum q (TOKEN: times low[t])
     float logits[ROWS][BLOCK];         // then probabilities
     uint16_t token_scale[MOST_GROUPS * BLOCK], token_low[MOST_GROUPS * BLOCK]; // axis TOKEN: [channel group][token]
@@ -344,7 +344,7 @@ FN void NAME(slice_query)(struct work *w, const struct lane *lane, int64_t entry
                     w->query_groups + g);
         for (int64_t r = 0; r < w->rows; r++) w->query_groups[g].product[r] += w->poison[r];
     }
-    w->sliced = entry;
+    w->sliced_entry = entry;
 }
 
 // The part of a block that is coded, tokens [base, to): which parameters its tokens share, span by span.
@@ -390,7 +390,7 @@ FN void NAME(coded_logits)(struct work *w, int64_t block, int64_t to) {
         for (int64_t t = 0; t < BLOCK; t += LANES) NAME(store)(w->logits[r] + t, (floats){0});
     for (int64_t slot = base, end, entry; slot < to; slot = end) {
         end = NAME(span)(w, lane, slot, to, &entry);
-        if (entry != w->sliced) NAME(slice_query)(w, lane, entry);
+        if (entry != w->sliced_entry) NAME(slice_query)(w, lane, entry);
         const int64_t first = slot - base, last = end - base;
         for (int64_t g = 0; g * group < channels; g++) {
             float scale[BLOCK], low[BLOCK];
@@ -564,7 +564,7 @@ FN void NAME(begin)(struct work *w, const struct attention_run *run, const struc
     w->rows = least_of(a->rows - row, ROWS);
     w->length = a->length[w->head];
     w->total = w->length + a->fresh;
-    w->sliced = -1;
+    w->sliced_entry = -1;
     for (int64_t r = 0; r < ceil_div(w->rows, 4) * 4; r++) { // the products go over four rows at a time
         memset(w->query[r], 0, sizeof w->query[r]);
         memset(w->mixed[r], 0, sizeof w->mixed[r]);
