@@ -44,7 +44,8 @@ static void two_threads(void (*body)(void *), void *data, unsigned threads, unsi
 
 static struct lane random_lane(int64_t heads, int64_t channels, int64_t *length, int role, int number) {
     struct lane lane = {.role = role, .number = number, .axis = (int32_t)draw(2), .bits = 1 << draw(4)};
-    const int64_t groups[] = {0, 32, 64}, group = groups[draw(3)];
+    // in keys of one bit a group of channels is 32 at least (cpu.py)
+    const int64_t groups[] = {0, 32, 64, lane.bits == 1 ? 32 : 16}, group = groups[draw(4)];
     int64_t most = 0;
     for (int64_t head = 0; head < heads; head++) most = most_of(most, length[head]);
     lane.group = lane.axis == CHANNEL ? group : group && channels % group == 0 ? group : channels;

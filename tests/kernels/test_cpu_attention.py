@@ -138,6 +138,14 @@ def test_head_sizes_need_not_fill_a_vector(variant: str, channels: int, codec: C
     assert_alike(*both(store, torch.randn(1, 2, 4, channels)))
 
 
+@pytest.mark.parametrize("channels", [48, 256])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_channel_groups_may_be_one_vector(variant: str, bits: int, channels: int) -> None:
+    lane = Lane(Uniform(bits=bits, axis="token", group=16))
+    store = filled(lane, lane, channels, [150], 1, torch.float32, 0)
+    assert_alike(*both(store, torch.randn(1, 2, 7, channels)))
+
+
 def test_many_rows_of_a_long_prompt_are_tiled(variant: str) -> None:
     store = filled(*[lanes(4)[0], lanes(4)[4]], 64, [500], 1, torch.float32, 1)
     assert_alike(*both(store, torch.randn(1, 2, 1003, 64)))

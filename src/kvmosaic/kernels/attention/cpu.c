@@ -253,6 +253,7 @@ INLINE void NAME(slice_four)(const float *rows, int64_t stride, int64_t many, co
             sum += x;
             product = NAME(fma)(q, NAME(load)(other + i), product);
         }
+        if (count % (2 * LANES)) NAME(store)(scaled[r] + count, (floats){0}); // a group of one vector
         tops[r] = top, sums[r] = sum, products[r] = product;
     }
     NAME(greatest_four)(tops, most);
@@ -266,7 +267,9 @@ INLINE void NAME(slice_four)(const float *rows, int64_t stride, int64_t many, co
         for (int64_t i = 0; i < count; i += 2 * LANES) {
             const words a = (words)NAME(fma)(NAME(load)(scaled[r] + i), inverse, rounder);
             const words b = (words)NAME(fma)(NAME(load)(scaled[r] + i + LANES), inverse, rounder);
-            NAME(store_slices)(bytes[r] + i * 2, a, b);
+            int8_t both[LANES * 4];
+            NAME(store_slices)(both, a, b);
+            memcpy(bytes[r] + i * 2, both, least_of(count - i, 2 * LANES) * 2);
             integers += (a - (words)rounder) + (b - (words)rounder);
         }
         sums[r] -= __builtin_convertvector((ints)integers, floats) * worth;
