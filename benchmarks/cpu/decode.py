@@ -34,8 +34,10 @@ BACKENDS = {"quanto": ("optimum.quanto", (4, 2)), "hqq": ("hqq", (4,))}
 def caches(model: LlamaForCausalLM) -> dict[str, Callable[[], Any]]:
     """A maker for each cache; the first is what the others are compared with."""
     makers: dict[str, Callable[[], Any]] = {"DynamicCache": DynamicCache}
-    for bits in (4, 2):
-        makers[f"kvmosaic kivi {bits}"] = lambda bits=bits: kvmosaic.Cache(model, methods.kivi(bits=bits))
+    for method in (methods.kivi, methods.mosaic):
+        for bits in (4, 2):
+            name = f"kvmosaic {method.__name__} {bits}"
+            makers[name] = lambda method=method, bits=bits: kvmosaic.Cache(model, method(bits=bits))
     for backend, (module, widths) in BACKENDS.items():
         if importlib.util.find_spec(module.split(".")[0]) and importlib.util.find_spec(module):
             for bits in widths:
@@ -45,22 +47,22 @@ def caches(model: LlamaForCausalLM) -> dict[str, Callable[[], Any]]:
     return makers
 
 
-def filled(make: Callable[[], Any], tokens: int, dtype: torch.dtype) -> Any:
+def filled(make: Callable[[], Any], batch: int, tokens: int, dtype: torch.dtype) -> Any:
     """Without a prompt: 32k tokens through the model would take longer than all the rest."""
     torch.manual_seed(0)
     cache = make()
     for index in range(CONFIG.num_hidden_layers):
-        keys, values = torch.randn(2, 1, CONFIG.num_key_value_heads, tokens, CONFIG.head_dim, dtype=dtype)
+        keys, values = torch.randn(2, batch, CONFIG.num_key_value_heads, tokens, CONFIG.head_dim, dtype=dtype)
         cache.update(keys, values, index)
         if isinstance(cache, kvmosaic.Cache):  # tokens are stored after their attention, which nobody asked for here
             cache.layers[index]._settle(Pending(keys, values))
     return cache
 
 
-def rows(model: LlamaForCausalLM, tokens: int, seconds: float, only: list[str]) -> dict[str, Any]:
+def rows(model: LlamaForCausalLM, batch: int, tokens: int, seconds: float, only: list[str]) -> dict[str, Any]:
     makers = {name: make for name, make in caches(model).items() if not only or any(each in name for each in only)}
-    held = {name: filled(make, tokens, model.dtype) for name, make in makers.items()}
-    token, times = torch.tensor([[7]]), {name: [] for name in held}
+    held = {name: filled(make, batch, tokens, model.dtype) for name, make in makers.items()}
+    token, times = torch.tensor([[7]] * batch), {name: [] for name in held}
     for cache in held.values():
         model(token, past_key_values=cache, use_cache=True)
     end = time.perf_counter() + seconds
@@ -71,16 +73,17 @@ def rows(model: LlamaForCausalLM, tokens: int, seconds: float, only: list[str]) 
             times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(each) * 1e3 for name, each in times.items()}
     first = next(iter(medians.values()))
-    print(f"\n{model.dtype}, {tokens} tokens")
+    print(f"\n{model.dtype}, {batch} x {tokens} tokens")
     for name, median in medians.items():
         print(f"  {name:28} {median:9.1f} ms a step  {first / median:6.2f}x", flush=True)
-    return {"dtype": str(model.dtype), "tokens": tokens, "ms": medians}
+    return {"dtype": str(model.dtype), "batch": batch, "tokens": tokens, "ms": medians}
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="sequences")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--seconds", type=float, default=20.0, help="for each length")
     parser.add_argument("--only", nargs="*", default=[], help="caches whose names contain one of these")
@@ -90,7 +93,11 @@ def main() -> None:
     for dtype in options.dtypes:
         torch.manual_seed(0)
         model = LlamaForCausalLM(CONFIG).to(getattr(torch, dtype)).eval()
-        results += [rows(model, tokens, options.seconds, options.only) for tokens in options.tokens]
+        results += [
+            rows(model, batch, tokens, options.seconds, options.only)
+            for batch in options.batch
+            for tokens in options.tokens
+        ]
     setting = {
         "machine": platform.machine(), "variant": native.kernels().variant, "threads": torch.get_num_threads(),
         "torch": torch.__version__, "model": "Qwen2.5-0.5B's geometry, random weights",

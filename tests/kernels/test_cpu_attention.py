@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvmosaic.codecs import Codec, Exact, Uniform
+from kvmosaic.codecs import Codec, Exact, Rotated, Sphere, Uniform
 from kvmosaic.kernels import native
 from kvmosaic.kernels.attention import Affine, Partial, cpu, merge, reference
 from kvmosaic.stores import Coded, CodedStore, Lane
@@ -35,6 +35,17 @@ def lanes(bits: int) -> list[Lane]:
         Lane(Uniform(bits=bits, axis="token")),
         Lane(Uniform(bits=bits, axis="token", equalize=True), window=3, flush=2),
         Lane(Exact()),
+        Lane(Rotated(Uniform(bits=bits, axis="token", group=32)), window=9),
+        Lane(Rotated(Uniform(bits=bits, axis="channel", group=32)), flush=64),
+    ]
+
+
+def sphere_lanes(bits: int) -> list[Lane]:
+    """And of lanes on the sphere's levels, at any head size."""
+    return [
+        Lane(Sphere(bits=bits, scale="norm")),
+        Lane(Rotated(Sphere(bits=bits, scale="unbiased")), window=32),
+        Lane(Rotated(Sphere(bits=bits, scale="least"), seed=3), window=5, flush=4),
     ]
 
 
@@ -74,10 +85,14 @@ def assert_alike(ours: Partial, expected: Partial) -> None:
     assert (ours.out - expected.out).norm() <= 1e-4 * max(expected.out.norm(), expected.out.numel() ** 0.5 * 0.3)
 
 
+FORMS = st.sampled_from(
+    [("lanes", bits, form) for bits in (1, 2, 4, 8) for form in range(10)]
+    + [("sphere", bits, form) for bits in (1, 2, 3, 4) for form in range(3)]
+)
 CASES = st.fixed_dictionaries(
     {
-        "keys": st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(0, 7)),
-        "values": st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(0, 7)),
+        "keys": FORMS,
+        "values": FORMS,
         "channels": st.sampled_from([32, 64, 96, 128, 256]),
         "lengths": st.lists(st.sampled_from([1, 2, 63, 128, 200, 301]), max_size=3),
         "batch": st.integers(1, 2),
@@ -91,14 +106,14 @@ CASES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=CASES)
 def test_attention_is_the_references(variant: str, case: dict) -> None:
-    (key_bits, key_form), (value_bits, value_form) = case["keys"], case["values"]
-    store = filled(
-        lanes(key_bits)[key_form], lanes(value_bits)[value_form],
-        case["channels"], case["lengths"], case["batch"], case["dtype"], case["seed"],
-    )  # fmt: skip
+    keys, values = (
+        {"lanes": lanes, "sphere": sphere_lanes}[form](bits)[index]
+        for form, bits, index in (case["keys"], case["values"])
+    )
+    store = filled(keys, values, case["channels"], case["lengths"], case["batch"], case["dtype"], case["seed"])
     query = torch.randn(case["batch"], 2, case["rows"], case["channels"])
     fresh = None
     if case["fresh"]:
@@ -111,10 +126,24 @@ def test_attention_is_the_references(variant: str, case: dict) -> None:
 
 
 @pytest.mark.parametrize("channels", [24, 80, 112])
-@pytest.mark.parametrize("codec", [Uniform(bits=1, axis="channel"), Uniform(bits=4, axis="token"), Exact()])
+@pytest.mark.parametrize(
+    "codec",
+    [
+        *(Uniform(bits=1, axis="channel"), Uniform(bits=4, axis="token"), Exact()),
+        *(Rotated(Sphere(bits=bits, scale="unbiased")) for bits in (1, 2, 3, 4)),
+    ],
+)
 def test_head_sizes_need_not_fill_a_vector(variant: str, channels: int, codec: Codec) -> None:
     store = filled(Lane(codec, window=9), Lane(codec), channels, [150], 1, torch.bfloat16, 0)
     assert_alike(*both(store, torch.randn(1, 2, 4, channels)))
+
+
+@pytest.mark.parametrize("channels", [48, 256])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_channel_groups_may_be_one_vector(variant: str, bits: int, channels: int) -> None:
+    lane = Lane(Uniform(bits=bits, axis="token", group=16))
+    store = filled(lane, lane, channels, [150], 1, torch.float32, 0)
+    assert_alike(*both(store, torch.randn(1, 2, 7, channels)))
 
 
 def test_many_rows_of_a_long_prompt_are_tiled(variant: str) -> None:

@@ -7,6 +7,11 @@
 #define ISA_AVX2 1
 #define ISA_AVX512 2
 #define ISA_NEON 3
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11 // older compilers do not know it
+#define HAVE_AVXVNNI 1
+#else
+#define HAVE_AVXVNNI 0
+#endif
 
 #if defined(__x86_64__) && !defined(KVMOSAIC_PLAIN)
 #include <immintrin.h>
@@ -16,6 +21,15 @@
 #define LANES 16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")))
 #include "variant.h"
+
+#if HAVE_AVXVNNI
+#define VARIANT avxvnni
+#define VARIANT_ISA ISA_AVX2
+#define VARIANT_VNNI 1
+#define LANES 8
+#define TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
+#include "variant.h"
+#endif
 
 #define VARIANT avx2
 #define VARIANT_ISA ISA_AVX2
@@ -48,6 +62,9 @@ static const struct variant {
 } VARIANTS[] = {
 #if defined(__x86_64__) && !defined(KVMOSAIC_PLAIN)
     {"avx512vnni", attend_body_avx512vnni, encode_body_avx512vnni},
+#if HAVE_AVXVNNI
+    {"avxvnni", attend_body_avxvnni, encode_body_avxvnni},
+#endif
     {"avx2", attend_body_avx2, encode_body_avx2},
 #elif defined(__aarch64__) && !defined(KVMOSAIC_PLAIN)
     {"neon", attend_body_neon, encode_body_neon},
@@ -67,6 +84,9 @@ const char *const *kvmosaic_variants(void) {
     if (avx2 && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"))
         names[count++] = "avx512vnni";
+#if HAVE_AVXVNNI
+    if (avx2 && __builtin_cpu_supports("avxvnni")) names[count++] = "avxvnni";
+#endif
     if (avx2) names[count++] = "avx2";
 #elif defined(__aarch64__) && !defined(KVMOSAIC_PLAIN)
 #if defined(__linux__)

@@ -14,6 +14,8 @@ enum { MOST_CHANNELS = 256 }; // greatest head size, padded to a multiple of 32
 enum number { FLOAT32, BFLOAT16, FLOAT16 };
 enum axis { CHANNEL, TOKEN };
 enum role { KEYS, VALUES };
+enum keep { NORM, MATCHED, UNBIASED, LEAST }; // what Sphere's scale keeps
+enum { LIFT = 64 };                            // added to levels that are looked up, so that they are positive
 enum result { DONE, BAD_LENGTHS, NO_MEMORY };
 
 // Starts `body(data)` on `threads` threads and waits for them: GOMP_parallel of the OpenMP runtime that torch has
@@ -22,8 +24,11 @@ typedef void parallel_fn(void (*body)(void *), void *data, unsigned threads, uns
 
 struct lane {
     uint8_t *codes;         // [B, H, blocks, bytes] packed, or null: `numbers` holds exact tokens
+    uint8_t *top;           // three bits: the third, packed by itself; `codes` has the two others
+    const int8_t *levels;   // Sphere: [2**bits] what the codes stand for, in scales of a token. Null = Uniform
+    const float *rotation;  // [D, D]: what is coded is x @ rotation (rotate.h). Null = x itself
     const void *numbers;    // [B, H, room, D]
-    uint16_t *scale, *low;  // float16 [B, H, entries, width]
+    uint16_t *scale, *low;  // float16 [B, H, entries, width]; Sphere has no low
     uint16_t *channel;      // float16 [B, H, runs, D], or null
     const int64_t *coded;   // [B, H] slots that are encoded
     const int64_t *starts;  // [B, H, runs], first slot of each run
@@ -61,13 +66,15 @@ struct encoding {
     const float *clip;     // [H]
     parallel_fn *parallel; // null = one thread
     int64_t batch, heads, channels;
-    int32_t about_center, threads;
+    float unit; // Sphere: of its levels, for a token of length 1
+    int32_t about_center, keep, threads;
 };
 
 static inline int64_t least_of(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t padded(int64_t channels) { return ceil_div(channels, 32) * 32; }
+static inline int looks_up(const struct lane *lane) { return lane->levels && lane->bits > 2; }
 static inline int64_t block_bytes(int64_t channels, int bits) { return BLOCK * padded(channels) * bits / 8; }
 
 static inline float float_of_bits(uint32_t bits) {

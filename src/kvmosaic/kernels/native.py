@@ -1,8 +1,8 @@
 """The compiled CPU kernels: finding them, choosing a variant for this CPU, and the structs that they take.
 
 The library is built as an optional extension when the package is installed (`setup.py`) and called through ctypes.
-Without it the PyTorch references run, and a warning says so once. KVMOSAIC_CPU forces a variant: avx512vnni, avx2,
-neon, plain, or reference.
+Without it the PyTorch references run, and a warning says so once. KVMOSAIC_CPU forces a variant: avx512vnni,
+avxvnni, avx2, neon, plain, or reference.
 """
 
 import ctypes
@@ -22,6 +22,7 @@ MOST_CHANNELS = 256
 NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 AXES = {"channel": 0, "token": 1}
 ROLES = {"keys": 0, "values": 1}
+KEEP = {"norm": 0, "matched": 1, "unbiased": 2, "least": 3}
 
 _pointer, _int, _int64, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
@@ -35,7 +36,7 @@ class Lane(ctypes.Structure):
     """`struct lane` of native.h."""
 
     _fields_ = _fields(
-        pointers=("codes numbers scale low channel coded starts ring", _pointer),
+        pointers=("codes top levels rotation numbers scale low channel coded starts ring", _pointer),
         sizes=("room blocks entries runs ring_room ring_size group", _int64),
         kinds=("bits axis number role", _int),
     )
@@ -71,7 +72,8 @@ class Encoding(ctypes.Structure):
 
     _fields_ = [
         *_fields(lane=("lane", Lane), x=("x", Exact), pointers=("count clip parallel", _pointer)),
-        *_fields(sizes=("batch heads channels", _int64), flags=("about_center threads", _int)),
+        *_fields(sizes=("batch heads channels", _int64), unit=("unit", _float)),
+        *_fields(flags=("about_center keep threads", _int)),
     ]
 
 

@@ -1,6 +1,7 @@
 // Every kernel for one instruction set. Included by native.c, once for each, with VARIANT, VARIANT_ISA, LANES, TARGET.
 
 #include "vector.h"
+#include "rotate.h"
 
 #include "attention/cpu.c"
 #include "encode/cpu.c"
@@ -11,6 +12,7 @@
 #undef shorts
 #undef VARIANT
 #undef VARIANT_ISA
+#undef VARIANT_VNNI
 #undef LANES
 #undef TARGET
 #undef NAME
@@ -19,3 +21,4 @@
 #undef FN
 #undef INLINE
 #undef ROUNDER
+#undef SPAN

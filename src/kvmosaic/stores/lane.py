@@ -86,7 +86,7 @@ class LaneBytes:
     def check(self, x: Tensor) -> None:
         """Raises NotFinite if no float16 range can be fitted to x; asked before either lane is written."""
         fitted = any(part.kind == "scales" for part in self.parts.values())
-        if fitted and x.numel() and not bool(x.abs().amax() <= LARGEST):  # false for NaN, too
+        if fitted and x.numel() and not torch.linalg.vector_norm(x, torch.inf).item() <= LARGEST:  # NaN stays NaN
             raise NotFinite(
                 f"the {self.role} to encode hold NaN, infinity or numbers beyond {LARGEST:.0f} (half of float16). Check the model's "
                 "weights and dtype, or keep this layer exact"
@@ -111,10 +111,13 @@ class LaneBytes:
     def _keep(self, x: Tensor, count: Tensor | None, length: Tensor) -> None:
         """Put what is not encoded into the ring: the newest tokens, a ring's worth of slots at most."""
         tokens = x.shape[2]
-        longest = length.max() + tokens if count is None else (length + count).max()
-        self._reserve_ring(min(self.lane.ring, int(longest)))
+        if self.ring.shape[2] < self.lane.ring:
+            longest = length.max() + tokens if count is None else (length + count).max()
+            self._reserve_ring(min(self.lane.ring, int(longest)))
         first = 0 if count is not None else max(0, tokens - self.lane.ring)
-        slot = length[..., None] + torch.arange(first, tokens, device=x.device)
+        slot = length[..., None]
+        if tokens > 1:  # a decode step has one, and many layers
+            slot = slot + torch.arange(first, tokens, device=x.device)
         stay = None  # of whole rows, what is encoded is written too: its place in the ring is free
         if count is not None:
             stay = (slot >= self.coded[..., None]) & (slot < (length + count)[..., None])

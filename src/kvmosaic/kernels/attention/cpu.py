@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from kvmosaic.codecs import Codec, Exact, Uniform
+from kvmosaic.codecs import Codec, Exact, Rotated, Sphere, Uniform, sphere_levels
+from kvmosaic.codecs.rotated import rotation
 from kvmosaic.kernels import native
 from kvmosaic.kernels.attention.partial import Partial
 from kvmosaic.kernels.attention.reference import Affine
@@ -24,6 +25,9 @@ def why_not(codec: Codec, role: Role, channels: int) -> str | None:
         return f"head size {channels} is above {native.MOST_CHANNELS}"
     if isinstance(codec, Exact):
         return None
+    codec = unrotated(codec)
+    if isinstance(codec, Sphere):
+        return None
     if not isinstance(codec, Uniform):
         return f"no compiled form of {type(codec).__name__}"
     group = codec.group or channels
@@ -31,6 +35,11 @@ def why_not(codec: Codec, role: Role, channels: int) -> str | None:
     if codec.axis == "token" and group != channels and group % least:
         return f"channel groups of {role} must be whole vectors of {least} channels, got {group}"
     return None
+
+
+def unrotated(codec: Codec) -> Codec:
+    """What a rotated codec does after its rotation."""
+    return codec.codec if isinstance(codec, Rotated) else codec
 
 
 def attend(
@@ -92,7 +101,7 @@ def attend(
     return Partial(out, lse)
 
 
-_lanes: WeakKeyDictionary[LaneBytes, tuple[tuple[Tensor, ...], native.Lane | None]] = WeakKeyDictionary()
+_lanes: WeakKeyDictionary[LaneBytes, tuple[tuple[Tensor, ...], native.Lane | None, list[Tensor]]] = WeakKeyDictionary()
 
 
 def lane(source: LaneBytes, batch: int, heads: int) -> native.Lane | None:
@@ -100,8 +109,10 @@ def lane(source: LaneBytes, batch: int, heads: int) -> native.Lane | None:
     tensors = (*source.buffers.values(), source.ring)
     known = _lanes.get(source)
     if known is None or any(a is not b for a, b in zip(known[0], tensors, strict=True)):
+        constants: list[Tensor] = []
         missing = why_not(source.lane.codec, source.role, source.channels)
-        known = _lanes[source] = (tensors, None if missing else _describe(source, batch, heads))
+        described = None if missing else _describe(source, batch, heads, constants)
+        known = _lanes[source] = (tensors, described, constants)
     described = known[1]
     if described is None:
         return None
@@ -116,7 +127,8 @@ def lane(source: LaneBytes, batch: int, heads: int) -> native.Lane | None:
     return described
 
 
-def _describe(source: LaneBytes, batch: int, heads: int) -> native.Lane:
+def _describe(source: LaneBytes, batch: int, heads: int, constants: list[Tensor]) -> native.Lane:
+    """constants: where to keep what the pointers need beside the lane's own tensors."""
     codec, buffers, ring = source.lane.codec, source.buffers, source.ring
     if ring.dtype not in native.NUMBERS:
         raise ValueError(f"the store's dtype must be float32, bfloat16 or float16, got {ring.dtype}")
@@ -133,13 +145,24 @@ def _describe(source: LaneBytes, batch: int, heads: int) -> native.Lane:
         ring=ring.data_ptr(), ring_room=ring.shape[2], ring_size=source.lane.ring, room=min(tokens, default=0)
     )
     described.number, described.role = native.NUMBERS[ring.dtype], native.ROLES[source.role]
-    if not isinstance(codec, Uniform):
+    if isinstance(codec, Exact):
         described.numbers, described.blocks = buffers["numbers"].data_ptr(), described.room
         return described
     described.codes, described.blocks = buffers["codes"].data_ptr(), buffers["codes"].shape[2]
-    described.scale, described.low = buffers["scale"].data_ptr(), buffers["low"].data_ptr()
+    described.scale, described.entries = buffers["scale"].data_ptr(), buffers["scale"].shape[2]
+    if isinstance(codec, Rotated):
+        constants.append(rotation(source.channels, codec.seed, ring.device))
+        described.rotation, codec = constants[-1].data_ptr(), codec.codec
+    if isinstance(codec, Sphere):
+        constants.append(sphere_levels(source.channels, codec.bits)[1])
+        described.levels, described.bits, described.axis = constants[-1].data_ptr(), codec.bits, native.AXES["token"]
+        described.top = buffers["top"].data_ptr() if codec.bits == 3 else None
+        described.group = source.channels
+        return described
+    assert isinstance(codec, Uniform), "why_not knows the codecs that have a compiled form"
+    described.low = buffers["low"].data_ptr()
     described.channel = buffers["channel"].data_ptr() if codec.equalize else None
-    described.bits, described.axis, described.entries = codec.bits, native.AXES[codec.axis], buffers["scale"].shape[2]
+    described.bits, described.axis = codec.bits, native.AXES[codec.axis]
     described.group = codec.group or (0 if codec.axis == "channel" else source.channels)
     return described
 

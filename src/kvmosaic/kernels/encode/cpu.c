@@ -1,5 +1,6 @@
-// Uniform.encode, packing and writing into a store's blocks in one pass, on a CPU. The codec (codecs/uniform.py) is
-// the specification: parameters and codes are the same bit by bit, so nothing here may be reassociated or fused.
+// Encoding, packing and writing into a store's blocks in one pass, on a CPU. The codecs are the specification. Of
+// Uniform parameters and codes are the same bit by bit, so nothing there may be reassociated or fused; sums over a token
+// (Sphere's length, rotations) may differ in their last bits.
 //
 // A KV head of a sequence is one task: its tokens are read twice (range, then codes), and nobody else writes its bytes.
 // The numbers are finite and fit float16: the store has looked (LaneBytes.check).
@@ -79,16 +80,32 @@ FN void NAME(pack_values)(const uint8_t (*codes)[MOST_CHANNELS], int64_t width, 
     }
 }
 
+FN void NAME(pack_plane)(int role, int64_t width, const uint8_t (*codes)[MOST_CHANNELS], int64_t first, int64_t last,
+                         uint8_t *to, int bits) {
+    if (role == VALUES) NAME(pack_values)(codes, width, first, last, to, bits);
+    else if (bits == 1) pack_keys_1(codes, width, first, last, to);
+    else if (bits == 2) pack_keys_2(codes, width, first, last, to);
+    else if (bits == 4) pack_keys_4(codes, width, first, last, to);
+    else pack_keys_8(codes, width, first, last, to);
+}
+
 // Puts codes of tokens [first, last) of a block into its bytes.
 FN void NAME(pack)(const struct encoding *e, int64_t head, int64_t block, const uint8_t (*codes)[MOST_CHANNELS],
                    int64_t first, int64_t last) {
     const struct lane *lane = &e->lane;
-    uint8_t *to = lane->codes + (head * lane->blocks + block) * block_bytes(e->channels, lane->bits);
-    if (lane->role == VALUES) NAME(pack_values)(codes, padded(e->channels), first, last, to, lane->bits);
-    else if (lane->bits == 1) pack_keys_1(codes, padded(e->channels), first, last, to);
-    else if (lane->bits == 2) pack_keys_2(codes, padded(e->channels), first, last, to);
-    else if (lane->bits == 4) pack_keys_4(codes, padded(e->channels), first, last, to);
-    else pack_keys_8(codes, padded(e->channels), first, last, to);
+    const int64_t index = head * lane->blocks + block, width = padded(e->channels);
+    if (lane->bits != 3) {
+        uint8_t *to = lane->codes + index * block_bytes(e->channels, lane->bits);
+        NAME(pack_plane)(lane->role, width, codes, first, last, to, lane->bits);
+        return;
+    }
+    uint8_t plane[BLOCK][MOST_CHANNELS];
+    for (int64_t t = first / 4 * 4; t < ceil_div(last, 4) * 4; t++)
+        for (int64_t d = 0; d < width; d++) plane[t][d] = codes[t][d] & 3;
+    NAME(pack_plane)(lane->role, width, plane, first, last, lane->codes + index * block_bytes(e->channels, 2), 2);
+    for (int64_t t = first / 4 * 4; t < ceil_div(last, 4) * 4; t++)
+        for (int64_t d = 0; d < width; d++) plane[t][d] = codes[t][d] >> 2;
+    NAME(pack_plane)(lane->role, width, plane, first, last, lane->top + index * block_bytes(e->channels, 1), 1);
 }
 
 INLINE void NAME(load_row_of)(const void *x, int64_t at, int64_t channels, float *row, const int number) {
@@ -97,13 +114,14 @@ INLINE void NAME(load_row_of)(const void *x, int64_t at, int64_t channels, float
     for (; d < channels; d++) row[d] = NAME(load_number)(x, at + d, number);
 }
 
-// One token of a head as float32, each channel divided by `channel` if given.
+// One token of a head as float32, rotated if the lane is, each channel divided by `channel` if given.
 FN void NAME(load_row)(const struct encoding *e, int64_t head, int64_t token, const float *channel, float *row) {
     const struct exact *x = &e->x;
     const int64_t at = head / e->heads * x->batch_stride + head % e->heads * x->head_stride + token * x->token_stride;
     if (x->number == FLOAT32) NAME(load_row_of)(x->start, at, e->channels, row, FLOAT32);
     else if (x->number == BFLOAT16) NAME(load_row_of)(x->start, at, e->channels, row, BFLOAT16);
     else NAME(load_row_of)(x->start, at, e->channels, row, FLOAT16);
+    if (e->lane.rotation) NAME(rotate)(e->lane.rotation, e->channels, row);
     for (int64_t d = 0; channel && d < padded(e->channels); d += LANES)
         NAME(store)(row + d, NAME(load)(row + d) / NAME(load)(channel + d));
 }
@@ -206,6 +224,49 @@ FN void NAME(encode_tokens)(const struct encoding *e, int64_t head, int64_t toke
     }
 }
 
+// Each number to the nearest of the levels, for a length of the token that makes these the best ones.
+FN void NAME(encode_sphere)(const struct encoding *e, int64_t head, int64_t tokens, uint8_t (*codes)[MOST_CHANNELS]) {
+    const struct lane *lane = &e->lane;
+    const int64_t channels = e->channels, width = padded(channels), start = lane->coded[head];
+    const int edges = (1 << lane->bits) - 1;
+    float row[MOST_CHANNELS] = {0}, inside[MOST_CHANNELS];
+    for (int64_t d = 0; d < width; d++) inside[d] = d < channels;
+    for (int64_t slot = start, end; slot < start + tokens; slot = end) {
+        const int64_t base = slot / BLOCK * BLOCK;
+        end = least_of(base + BLOCK, start + tokens);
+        for (int64_t s = slot; s < end; s++) {
+            NAME(load_row)(e, head, s - start, NULL, row);
+            floats squares = {0}, along = {0}, energy = {0};
+            for (int64_t d = 0; d < width; d += LANES)
+                squares = NAME(fma)(NAME(load)(row + d), NAME(load)(row + d), squares);
+            const float length = sqrtf(NAME(sum)(squares)), norm = length * e->unit;
+            for (int64_t d = 0; d < width; d += LANES) {
+                const floats x = NAME(load)(row + d);
+                floats level = NAME(all)(lane->levels[0]);
+                ints code = {0};
+                for (int i = 0; i < edges; i++) {
+                    const float below = lane->levels[i], above = lane->levels[i + 1];
+                    const ints passed = x > (below + above) / 2 * norm;
+                    code -= passed;
+                    level += (floats)((ints)NAME(all)(above - below) & passed);
+                }
+                level *= NAME(load)(inside + d);
+                along = NAME(fma)(level, x, along);
+                energy = NAME(fma)(level, level, energy);
+                NAME(store_bytes)(codes[s - base] + d, (words)code);
+            }
+            memset(codes[s - base] + channels, 0, width - channels);
+            const float inner = NAME(sum)(along), square = NAME(sum)(energy);
+            const float scale = e->keep == NORM       ? norm
+                                : e->keep == MATCHED  ? length / sqrtf(square)
+                                : e->keep == UNBIASED ? length * length / fmaxf(inner, 1e-30f)
+                                                      : inner / square;
+            lane->scale[head * lane->entries + s] = half_of_float(scale);
+        }
+        NAME(pack)(e, head, base / BLOCK, (const uint8_t(*)[MOST_CHANNELS])codes, slot - base, end - base);
+    }
+}
+
 FN void NAME(encode_body)(void *data) {
     struct encode_run *run = data;
     const struct encoding *e = run->e;
@@ -213,7 +274,8 @@ FN void NAME(encode_body)(void *data) {
     uint8_t codes[BLOCK][MOST_CHANNELS] = {{0}};
     for (int64_t head; (head = __atomic_fetch_add(&run->next, 1, __ATOMIC_RELAXED)) < e->batch * e->heads;) {
         const int64_t tokens = e->count[head];
-        if (lane->axis == TOKEN) NAME(encode_tokens)(e, head, tokens, codes);
+        if (lane->levels) NAME(encode_sphere)(e, head, tokens, codes);
+        else if (lane->axis == TOKEN) NAME(encode_tokens)(e, head, tokens, codes);
         else if (!lane->group && tokens) NAME(encode_channels)(e, head, 0, tokens, lane->runs - 1, codes);
         for (int64_t t = 0; lane->axis == CHANNEL && lane->group && t < tokens; t += lane->group)
             NAME(encode_channels)(e, head, t, t + lane->group, (lane->coded[head] + t) / lane->group, codes);

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kvmosaic.codecs import Uniform
+from kvmosaic.codecs import Exact, Sphere, Uniform, sphere_levels
 from kvmosaic.kernels import native
 from kvmosaic.kernels.attention import cpu
 
@@ -22,8 +23,9 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
     Raises ValueError for tensors that are not what the store says they are, before C sees them.
     """
     codec, kernels = lane.lane.codec, native.kernels()
-    if kernels.library is None or not isinstance(codec, Uniform) or cpu.why_not(codec, lane.role, lane.channels):
+    if kernels.library is None or isinstance(codec, Exact) or cpu.why_not(codec, lane.role, lane.channels):
         return False
+    codec = cpu.unrotated(codec)
     batch, heads = count.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     cpu.check("the tokens to encode", x, (batch, heads, x.shape[2], lane.channels), None)
@@ -39,9 +41,12 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
     arguments = native.Encoding(described, native.Exact.of(x), count.data_ptr())
     arguments.lane.runs += lane.by_run
     arguments.batch, arguments.heads, arguments.channels = batch, heads, lane.channels
-    clip = torch.tensor(codec.clip).expand(heads).contiguous()
-    arguments.clip = None if codec.clip == 1.0 else clip.data_ptr()
-    arguments.about_center = codec.clip_about == "center"
+    if isinstance(codec, Sphere):
+        arguments.unit = sphere_levels(lane.channels, codec.bits)[0] / math.sqrt(lane.channels)
+        arguments.keep = native.KEEP[codec.scale]
+    if isinstance(codec, Uniform) and codec.clip != 1.0:
+        clip = torch.tensor(codec.clip).expand(heads).contiguous()
+        arguments.clip, arguments.about_center = clip.data_ptr(), codec.clip_about == "center"
     if kernels.encode(arguments) == native.BAD_LENGTHS:
         raise ValueError(f"the counts of the {lane.role} do not match the store's buffers")
     return True
