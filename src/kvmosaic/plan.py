@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from kvmosaic import bundled
+from kvmosaic.codecs import Exact
 from kvmosaic.errors import UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.layer import EXACT
@@ -23,7 +24,7 @@ from kvmosaic.kernels.layout import BLOCK, bytes_per_block
 from kvmosaic.loading import read_config
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import Evicting
-from kvmosaic.stores import Lane, Tier
+from kvmosaic.stores import Coded, Lane, Tier
 
 CONFIGS = resources.files(__package__) / "configs"
 FLAG = 8
@@ -86,12 +87,23 @@ class Shape:
         )
 
 
+def learned_bytes(shape: Shape, recipe: Recipe) -> int:
+    """Of what calibration found and the codes are read with: once, however many sequences there are."""
+    tiers = [tier for tier in (*(recipe.tiers or ()), recipe.visual) if tier is not None]
+    layers = [layer for layer, (kind, _) in enumerate(shape.kinds) if kind == "full_attention"]
+    lanes = (lane for tier in tiers for layer in layers for lane in tier.lanes(layer))
+    tensors = {id(tensor): tensor for lane in lanes for tensor in lane.codec.learned().values()}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pictures: int = 1) -> int:
-    """Of one sequence of `tokens` tokens, `visual` of them visual in `pictures` runs, right after its prefill.
+    """Of one sequence of `tokens` tokens, `visual` of them visual in `pictures` runs, right after its prefill, without
+    `learned_bytes`.
 
     A sliding layer is counted as it is a step later: until then it holds on to the whole prompt.
     """
     total = 0
+    first = min(recipe.first or 0, tokens)
     for layer, (kind, window) in enumerate(shape.kinds):
         if kind != "full_attention" or recipe.is_exact:
             kept = tokens if kind == "full_attention" else min(tokens, window)
@@ -100,6 +112,10 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
         counts: tuple[int, ...] = (tokens,)
         if recipe.selection is not None:
             counts = recipe.selection.expected(tokens, layer, len(shape.kinds))
+        if first:  # taken to be kept by the selection, and not visual
+            exact = Lane(Exact(), window=recipe.first or 0)
+            total += _store_bytes(shape, Coded(exact, exact), layer, first, 1)
+            counts = (max(0, counts[0] - first), *counts[1:])
         # visual tokens are taken to be kept as often as others, and to go to no tier but theirs
         shown = visual if recipe.visual is not None else 0
         shown = round(shown * sum(counts) / tokens)
@@ -128,7 +144,7 @@ def _lane_bytes(shape: Shape, lane: Lane, tokens: int, runs: int) -> int:
     for part in parts:
         if part.every is None:
             total += runs * part.width * part.bits // 8 if coded else 0
-        elif part.dtype is torch.uint8:
+        elif part.blocked:
             total += -(-coded // BLOCK) * bytes_per_block(part.width, part.bits)
         else:
             room = -(-coded // 32) * 32
@@ -158,16 +174,17 @@ def row(
     def sequence(tokens: int) -> int:
         return cache_bytes(shape, recipe, tokens, round(tokens * visual / context))
 
-    exact = cache_bytes(shape, Recipe(), context)
+    exact, learned = cache_bytes(shape, Recipe(), context), learned_bytes(shape, recipe)
+    total = batch * sequence(context) + learned
     columns: dict[str, Any] = {
         "method": recipe.name or "exact",
         "exact_bytes_per_token": exact / context,
-        "bytes_per_token": sequence(context) / context,
-        "compression": exact / sequence(context),
-        "cache_bytes": batch * sequence(context),
+        "bytes_per_token": total / batch / context,
+        "compression": batch * exact / total,
+        "cache_bytes": total,
     }
     if memory is not None:
-        room = memory - weights
+        room = memory - weights - learned
         columns["largest_batch"] = max(0, room // sequence(context))
         columns["longest_context"] = _most(lambda tokens: batch * sequence(tokens) <= room)
     return columns

@@ -294,20 +294,33 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 assert tokens.score is not None and tokens.asked is not None, "tokens that wait are scored"
                 tier = tier.clone()
                 tier[..., waits] = selection.assign_waiting(tokens.score[..., waits], tokens.asked[:, waits])
-        valid = None if tokens.valid is None else self._by_head(tokens.valid)
+        rest = None if tokens.valid is None else self._by_head(tokens.valid)
+        if self.recipe.first:
+            rest = self._put_first(tokens, self.recipe.first, rest)
         if isinstance(selection, Evicting):
-            self._put_and_evict(selection, tokens, _both(valid, None if tier is None else tier != DROP))
+            self._put_and_evict(selection, tokens, _both(rest, None if tier is None else tier != DROP))
             return
-        rest = valid
         if tokens.visual is not None and self.recipe.visual is not None:
-            keep = _both(valid, None if tier is None else tier != DROP)
+            keep = _both(rest, None if tier is None else tier != DROP)
             for picture in _pictures(tokens.visual) if self.recipe.visual_by_picture else (tokens.visual,):
                 self._put("visual", self.recipe.visual, tokens, _both(self._by_head(picture), keep))
-            rest = _both(valid, self._by_head(~tokens.visual))
+            rest = _both(rest, self._by_head(~tokens.visual))
         for index, settings in enumerate(self.recipe.tiers or (EXACT,)):
             mine = None if tier is None else tier == index
             if tier is not None or index == 0:
                 self._put(f"tier {index}", settings, tokens, _both(rest, mine))
+
+    def _put_first(self, tokens: Pending, first: int, valid: Tensor | None) -> Tensor | None:
+        """Put those of a sequence's `first` tokens that are among these into their own store. Returns which are not."""
+        store = self.stores.get("first")
+        held = tokens.keys.new_zeros(tokens.keys.shape[:2], dtype=torch.int64) if store is None else store.length
+        if bool((held >= first).all()):
+            return valid
+        come = torch.ones(tokens.keys.shape[:3], dtype=torch.int64, device=held.device) if valid is None else valid
+        early = held[..., None] + come.cumsum(2) <= first
+        exact = Lane(Exact(), window=first)  # never encoded: room for as many tokens as there are
+        self._put("first", Coded(exact, exact), tokens, _both(valid, early))
+        return _both(valid, ~early)
 
     def _put(self, name: str, tier: Tier, tokens: Pending, keep: Tensor | None) -> None:
         if keep is not None and not bool(keep.any()):

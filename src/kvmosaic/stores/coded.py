@@ -1,12 +1,13 @@
 """Tokens as codes: the store behind every quantizer, and behind exact tokens too (their codec is `Exact`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kvmosaic.errors import BadCalibration
 from kvmosaic.kernels import attention
 from kvmosaic.kernels.attention import Affine, Partial
 from kvmosaic.stores.lane import Lane, LaneBytes
@@ -67,11 +68,21 @@ class PerLayer:
 
     tiers: tuple[Coded, ...]
 
+    @staticmethod
+    def of(tiers: Mapping[int, Coded]) -> "PerLayer":
+        """By layer. Layers between that have none keep a cache of their own (sliding windows), and are never asked."""
+        return PerLayer(tuple(tiers.get(layer, tiers[max(tiers)]) for layer in range(max(tiers) + 1)))
+
     def open(self, layer: int, keys: Tensor, values: Tensor) -> "CodedStore":
-        return self.tiers[layer].open(layer, keys, values)
+        return self._of(layer).open(layer, keys, values)
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
-        return self.tiers[layer].lanes(layer)
+        return self._of(layer).lanes(layer)
+
+    def _of(self, layer: int) -> Coded:
+        if layer >= len(self.tiers):
+            raise BadCalibration(f"the recipe was calibrated for {len(self.tiers)} layers, and the model has more")
+        return self.tiers[layer]
 
     def affine_of(self, layer: int) -> Affine | None:
         return self.tiers[layer].affine

@@ -7,7 +7,7 @@ encodes its keys 128 tokens at a time and its values one by one.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,12 +27,14 @@ class Lane:
 
     window: how many of the newest tokens always stay exact.
     flush: tokens older than the window are encoded when this many have gathered (all multiples of it at once).
+    pre_rope: keys are encoded as they were before their rotary positions, and rotated when they are read.
     Raises ValueError if a flush would cut a group of the codec.
     """
 
     codec: Codec
     window: int = 0
     flush: int = 1
+    pre_rope: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 0 or self.flush < 1:
@@ -56,8 +58,8 @@ class Lane:
 class LaneBytes:
     """The tensors of one lane. Rows are [B, H]; buffers grow by whole blocks and are zero where nothing was written.
 
-    buffers: by part: codes below 8 bits and bytes packed as [B, H, blocks, bytes] (`kernels/layout.py`), anything else
-        as [B, H, entries, width].
+    buffers: by part: codes and bytes packed as [B, H, blocks, bytes] (`kernels/layout.py`) where the part is blocked,
+        anything else as [B, H, entries, width].
     ring: [B, H, at most window + flush - 1, D] in the model's dtype; smaller while no row is that long.
     coded: [B, H] int64, how many slots are encoded.
     starts: [B, H, runs] int64, first slot of each run that was encoded together, if the codec has parts once a run.
@@ -65,12 +67,13 @@ class LaneBytes:
 
     def __init__(self, lane: Lane, role: Role, like: Tensor) -> None:
         batch, heads, _, self.channels = like.shape
-        self.lane, self.role, self.layout = lane, role, layout_of(like.device)
+        self.lane = replace(lane, codec=lane.codec.to(like.device))
+        self.role, self.layout = role, layout_of(like.device)
         self.parts = lane.codec.parts(self.channels)
         self.by_run = any(part.every is None for part in self.parts.values())
         self.buffers: dict[str, Tensor] = {}
         for name, part in self.parts.items():
-            if part.dtype is torch.uint8:
+            if part.blocked:
                 width, dtype = bytes_per_block(part.width, part.bits), torch.uint8
             else:
                 width, dtype = part.width, part.dtype or like.dtype
@@ -121,7 +124,7 @@ class LaneBytes:
         """The parts of slots [start, stop), codes unpacked to [B, H, tokens, width]; `start` on a block's border."""
         packed = {}
         for name, part in self.parts.items():
-            if part.dtype is torch.uint8:
+            if part.blocked:
                 blocks = self.buffers[name][:, :, start // BLOCK : -(-stop // BLOCK)]
                 packed[name] = unpack(blocks, part.bits, self.role, self.layout, part.width)[:, :, : stop - start]
             elif part.every is None:
@@ -163,7 +166,7 @@ class LaneBytes:
         assert self.lane.one_by_one, "tokens that share parameters cannot be moved one by one"
         for name, part in self.parts.items():
             buffer = self.buffers[name]
-            if part.dtype is torch.uint8:
+            if part.blocked:
                 codes = unpack(buffer, part.bits, self.role, self.layout, part.width)
                 self._copy(codes, source, target)
                 self.buffers[name] = pack(codes, part.bits, self.role, self.layout)
@@ -185,6 +188,8 @@ class LaneBytes:
         """(name, kind, tensor) of everything that is held."""
         for name, part in self.parts.items():
             yield name, part.kind, self.buffers[name]
+        for name, tensor in self.lane.codec.learned().items():
+            yield f"learned {name}", "learned", tensor
         yield "ring", "exact", self.ring
         yield "coded", "metadata", self.coded
         yield "starts", "metadata", self.starts
@@ -228,7 +233,7 @@ class LaneBytes:
         for name, part in self.parts.items():
             if part.every is None:
                 self.buffers[name] = torch.cat([self.buffers[name], packed[name]], 2)
-            elif part.dtype is torch.uint8:
+            elif part.blocked:
                 self._write_codes(name, packed[name], slot, valid, first, last)
             else:
                 # entries, not tokens: a group's slot is that of its first token
@@ -266,7 +271,7 @@ class LaneBytes:
         for name, part in self.parts.items():
             if part.every is None:
                 continue
-            packed = part.dtype is torch.uint8
+            packed = part.blocked
             per_entry, unit = (BLOCK, BLOCK) if packed else (part.every, 32)  # unpacked parts waste less
             buffer = self.buffers[name]
             old = buffer.shape[2] * per_entry
