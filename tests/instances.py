@@ -2,11 +2,20 @@
 
 from typing import Any
 
+import torch
+
 from kvmosaic import methods
-from kvmosaic.codecs import Codec, Exact, Rotated, Sphere, Uniform
+from kvmosaic.codecs import Codec, Coupled, Exact, Rotated, Sphere, Uniform
 from kvmosaic.errors import NeedsCalibration
 from kvmosaic.recipe import Recipe
 from kvmosaic.stores import Coded, Lane
+
+
+def tables(coupled: int, bits: int, heads: int = 2, channels: int = 64) -> Coupled:
+    """Random vectors, about as large as what the tests encode."""
+    draw = torch.Generator().manual_seed(coupled * bits)
+    return Coupled((torch.randn(heads, channels // coupled, 2**bits, coupled, generator=draw) * 3).half())
+
 
 CODECS: dict[str, Codec] = {
     "exact": Exact(),
@@ -20,6 +29,7 @@ CODECS: dict[str, Codec] = {
     **{f"sphere{bits}": Sphere(bits=bits, scale="unbiased") for bits in (1, 2, 3, 4)},
     "rotated-sphere2": Rotated(Sphere(bits=2, scale="least")),
     "rotated-token4": Rotated(Uniform(bits=4, axis="token")),
+    **{f"coupled{coupled}c{bits}": tables(coupled, bits) for coupled, bits in ((8, 8), (8, 10), (4, 3), (2, 8))},
     "by-head2": Uniform(bits=2, axis="channel", clip=(0.5, 0.9)),
 }
 """All are made for two KV heads and head sizes that are multiples of 32."""
@@ -62,6 +72,9 @@ BARE = [name for name in methods.names() if _bare(name)]
 TEXT = ["exact", *(name for name in BARE if name not in ("exact", "calibquant"))]
 TEXT += ["kivi bits=4 residual=32", "kivi bits=8 residual=32"]
 """Recipes for any model, as a user writes them."""
+
+LEARNED = ["cq coupled=4 bits=4"]
+"""Methods that need a file, with the options that they learn with (`tests/learned.py` makes it)."""
 
 VISUAL = [
     "calibquant",

@@ -42,7 +42,22 @@ LM, VLM = ("--model", "mosaic-lm"), ("--model", "mosaic-vlm")
         (("plan", "--model", "qwen3-8"), "Did you mean 'qwen3-8b'?"),
         (("plan", "--model", "qwen3-8b", "--memory", "lots"), "a size is a number and a unit"),
         (("calibrate", *LM, "--out", "c"), "mosaic-lm has no generated pictures"),
-        (("calibrate", *VLM, "--out", "c", "--method", "kivi"), "kivi learns nothing"),
+        (
+            ("calibrate", *VLM, "--out", "c", "--method", "kivi"),
+            "kivi learns nothing from data. These do: calibquant, cq",
+        ),
+        (("calibrate", *VLM, "--out", "c", "--method", "kivy"), "Did you mean 'kivi'?"),
+        (("calibrate", *VLM, "--out", "c", "--data", "lines"), "calibquant is about the tokens of pictures"),
+        (
+            ("calibrate", *LM, "--out", "c", "--method", "cq"),
+            "cq learns from --data (a text or a task) or from --images",
+        ),
+        (("calibrate", *LM, "--out", "c", "--method", "cq", "--images", "."), "has 0 pictures"),
+        (("calibrate", *LM, "--out", "c", "--method", "cq bit=4", "--data", "lines"), "Did you mean 'bits'?"),
+        (("calibrate", *LM, "--out", "c", "--method", "cq", "--data", "line"), "no task 'line'. Did you mean 'lines'?"),
+        (("calibrate", *LM, "--out", "c", "--method", "cq", "--data", "none.txt"), "no task 'none.txt'"),
+        (("calibrate", *LM, "--out", "c", "--method", "cq", "--data", "perplexity"), "one task with questions"),
+        (("eval", *LM, "--tasks", "lines", "--methods", "cq"), 'kvmosaic calibrate --method "cq coupled=4 bits=8"'),
         (("calibrate", *VLM, "--out", "c", "--images", "none"), "none is none"),
     ],
 )

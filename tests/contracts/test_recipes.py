@@ -10,14 +10,17 @@ from torch import Tensor
 
 from kvmosaic import Cache, Recipe, methods
 from kvmosaic.errors import RecipeConflict
-from tests import models
-from tests.instances import BARE, EXACT_METHODS, TEXT, VISUAL
+from kvmosaic.report import KINDS
+from tests import learned, models
+from tests.instances import BARE, EXACT_METHODS, LEARNED, TEXT, VISUAL
 from tests.models import Row, generate, logits, prompt
 
 pytestmark = pytest.mark.usefixtures("references")
 
 CASES = [("llama", text) for text in TEXT] + [("internvl", text) for text in [*TEXT[:3], *VISUAL]]
-every_case = pytest.mark.parametrize(("kind", "text"), CASES)
+CASES += [(kind, learned.recipe(kind, text)) for kind in ("llama", "internvl") for text in LEARNED]
+IDS = [f"{kind}-{text.partition(' calibration=')[0]}" for kind, text in CASES]  # files have other names in each process
+every_case = pytest.mark.parametrize(("kind", "text"), CASES, ids=IDS)
 PADDED = (Row(75, 1, 0), Row(58, 3, 1))
 
 
@@ -65,7 +68,7 @@ def test_nbytes_counts_every_stored_byte(kind: str, text: str) -> None:
     found = walk(cache, {})
     report = cache.report()
     assert sum(each.untyped_storage().nbytes() for each in found.values()) == cache.nbytes() == report.total
-    assert report.total == report.codes + report.scales + report.exact + report.metadata
+    assert report.total == sum(getattr(report, kind) for kind in KINDS)
     config = model.config.get_text_config()
     columns = prompt(kind, *PADDED)["input_ids"].shape[1] + 19
     assert report.tokens == columns
