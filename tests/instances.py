@@ -73,7 +73,7 @@ TEXT = ["exact", *(name for name in BARE if name not in ("exact", "calibquant"))
 TEXT += ["kivi bits=4 residual=32", "kivi bits=8 residual=32"]
 """Recipes for any model, as a user writes them."""
 
-LEARNED = ["cq coupled=4 bits=4"]
+LEARNED = ["cq coupled=4 bits=4", "cq coupled=4 bits=4 pre_rope=True"]
 """Methods that need a file, with the options that they learn with (`tests/learned.py` makes it)."""
 
 VISUAL = [

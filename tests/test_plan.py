@@ -10,6 +10,7 @@ from kvmosaic import methods, plan
 from kvmosaic.errors import BadCheckpoint, UnsupportedModel
 from kvmosaic.recipe import Recipe
 from tests import learned, models
+from tests.instances import LEARNED
 
 RECIPES = [
     "exact",
@@ -47,7 +48,7 @@ def test_planned_bytes_are_held(recipe: str, tokens: int) -> None:
 def test_first_tokens_and_what_was_learned_are_counted(tokens: int) -> None:
     model = models.model("llama")
     shape, ids = plan.Shape.of(model.config, itemsize=4), torch.randint(3, 150, (2, tokens))
-    for text in ("kivi bits=2 residual=32", learned.recipe("llama", "cq coupled=4 bits=4", "first=4")):
+    for text in ("kivi bits=2 residual=32", *(learned.recipe("llama", text, "first=4") for text in LEARNED)):
         recipe = methods.parse(text) | Recipe(first=4)
         cache = kvmosaic.Cache(model, recipe)
         with torch.inference_mode():

@@ -58,7 +58,8 @@ def count_parameters(config: Any) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's cache. itemsize: bytes of an exact number. kinds: (layer type, sliding window or 0) of each layer."""
+    """A model's cache. itemsize: bytes of an exact number. kinds: (layer type, sliding window or 0) of each layer.
+    ids: rotary positions of a token."""
 
     heads: int
     channels: int
@@ -66,6 +67,7 @@ class Shape:
     context: int | None
     takes_pictures: bool
     kinds: tuple[tuple[str, int], ...]
+    ids: int = 1
 
     @staticmethod
     def of(config: Any, itemsize: int = 2) -> Shape:
@@ -84,6 +86,7 @@ class Shape:
             context=getattr(text, "max_position_embeddings", None),
             takes_pictures=bool(models.visual_ids(config)),
             kinds=kinds,
+            ids=3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1,
         )
 
 
@@ -121,19 +124,24 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
         shown = round(shown * sum(counts) / tokens)
         if shown:
             assert recipe.visual is not None, "just checked"
-            total += _store_bytes(shape, recipe.visual, layer, shown, pictures if recipe.visual_by_picture else 1)
+            runs = pictures if recipe.visual_by_picture else 1
+            total += _store_bytes(shape, recipe.visual, layer, shown, runs, recipe.selection is not None)
         for tier, count in zip(recipe.tiers or (EXACT,), counts, strict=True):
             rest = round(count * (1 - shown / max(sum(counts), 1)))
             if rest:
-                total += _store_bytes(shape, tier, layer, rest, 1)
+                total += _store_bytes(shape, tier, layer, rest, 1, recipe.selection is not None)
         if isinstance(recipe.selection, Evicting):  # a place and a score for each slot, two counts for each sequence
             total += shape.heads * -(-counts[0] // 32) * 32 * (4 + 4) + 2 * FLAG
     return total
 
 
-def _store_bytes(shape: Shape, tier: Tier, layer: int, tokens: int, runs: int) -> int:
+def _store_bytes(shape: Shape, tier: Tier, layer: int, tokens: int, runs: int, by_head: bool = False) -> int:
+    """by_head: heads hold tokens of their own, so that positions are noted for each."""
     lanes = tier.lanes(layer)
-    return shape.heads * (sum(_lane_bytes(shape, lane, tokens, runs) for lane in lanes) + FLAG)
+    places = -(-tokens // 32) * 32 * 4 * shape.ids * (shape.heads if by_head else 1)
+    return sum(places for lane in lanes if lane.pre_rope) + shape.heads * (
+        sum(_lane_bytes(shape, lane, tokens, runs) for lane in lanes) + FLAG
+    )
 
 
 def _lane_bytes(shape: Shape, lane: Lane, tokens: int, runs: int) -> int:

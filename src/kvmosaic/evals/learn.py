@@ -21,7 +21,7 @@ from kvmosaic.errors import NotFinite, UnsupportedModel
 from kvmosaic.evals import suite
 from kvmosaic.evals.example import Example
 from kvmosaic.hooks import models
-from kvmosaic.hooks.rotary import Rotary
+from kvmosaic.hooks.rotary import Rotary, watch_positions
 from kvmosaic.learning import Sample, Side
 from kvmosaic.loading import Opened
 
@@ -117,11 +117,11 @@ def _one(opened: Opened, part: Passage) -> dict[int, Sample]:
         rotary = None
     positions: list[Tensor] = []
     with _differentiable(model), torch.enable_grad():
-        watch = rotary.watch(model, positions.append) if rotary else None
+        watch = watch_positions(model, positions.append)
         try:
             logits = model(**part.inputs, past_key_values=cache, use_cache=True).logits
         finally:
-            if watch:
+            if watch is not None:
                 watch.remove()
         losses = torch.nn.functional.cross_entropy(
             logits[0, :-1].float(), part.inputs["input_ids"][0, 1:], reduction="none"

@@ -14,6 +14,7 @@ from kvmosaic.errors import CacheMismatch, CannotRollBack, NotFinite, Unsupporte
 from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_sinks
 from kvmosaic.hooks.pending import Pending
 from kvmosaic.kernels import step
+from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.kernels.attention import Partial, dense, dense_mass
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import DROP, WAIT, Evicting, Gathering, Step
@@ -32,9 +33,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, index: int, layers: int, recipe: Recipe) -> None:
+    def __init__(self, index: int, layers: int, recipe: Recipe, rotary: Rotary | None = None) -> None:
         super().__init__()
-        self.index, self.layers, self.recipe = index, layers, recipe
+        self.index, self.layers, self.recipe, self.rotary = index, layers, recipe, rotary
         self.seen = 0
         self.stores: dict[str, Store] = {}
         self.pending: Pending | None = None
@@ -43,6 +44,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.visual: Tensor | None = None  # of the step that is under way, [B, T]
         self.live: Tensor | None = None  # [1] int32, set while steps are kernels only (`pin`)
         self.stepping: step.Step | None = None
+        self.position: Tensor | None = None  # of the step that is under way, [B or 1, T, ids]; only with `rotary`
 
     # what transformers asks of a layer
 
@@ -127,7 +129,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             if sinks is not None:
                 raise UnsupportedModel("a captured step knows no attention sinks; call model.generate instead")
             return step.run(self.stepping, query, handle.keys, handle.values, scale, softcap)
-        new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query))
+        new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query), position=self._position(query))
         if self.seen == 0:
             new = self._assigned(new, query, scale)
             if self.recipe.prefill is not None and new.tier is not None:
@@ -263,7 +265,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return Step(self.index, self.layers, query, new.keys, new.values, scale, valid)
 
     def _settle(self, new: Pending) -> None:
-        before, self.visual = self.pending, None
+        before, self.visual, self.position = self.pending, None, None
         waiting, self.pending = new if before is None else before + new, None
         try:
             # nothing ends recording, so a plain generate on the same cache must still store what grows old
@@ -327,24 +329,25 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         store = self.stores.get(name)
         if store is None:
-            store = self.stores[name] = tier.open(self.index, tokens.keys, tokens.values)
+            store = self.stores[name] = tier.open(self.index, tokens.keys, tokens.values, self.rotary)
         assert isinstance(store, CodedStore), "a layer that does not evict has coded stores"
         with self._naming_the_layer():
-            store.put(tokens.keys, tokens.values, keep)
+            store.put(tokens.keys, tokens.values, keep, None if tokens.position is None else tokens.position.mT)
 
     def _put_and_evict(self, selection: Evicting, tokens: Pending, keep: Tensor | None) -> None:
         assert tokens.score is not None, "a token of a layer that evicts has a score"
         store = self.stores.get("tier 0")
         if store is None:
             tier = (self.recipe.tiers or (EXACT,))[0]
-            store = EvictingStore(tier.open(self.index, tokens.keys, tokens.values))
+            store = EvictingStore(tier.open(self.index, tokens.keys, tokens.values, self.rotary))
             self.stores["tier 0"], store.capacity = store, self.capacity
         assert isinstance(store, EvictingStore), "a layer that evicts has one kind of store"
         if keep is None:
             keep = torch.ones_like(tokens.score, dtype=torch.bool)
         valid = torch.ones_like(keep[:, 0]) if tokens.valid is None else tokens.valid
         with self._naming_the_layer():
-            store.put(tokens.keys, tokens.values, valid, keep, tokens.score)
+            position = None if tokens.position is None else tokens.position.mT
+            store.put(tokens.keys, tokens.values, valid, keep, tokens.score, position)
         store.evict(selection.rank)
 
     @contextmanager
@@ -356,6 +359,16 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _by_head(self, flag: Tensor) -> Tensor:
         return flag[:, None].expand(-1, self.num_heads, -1)
+
+    def _position(self, query: Tensor) -> Tensor | None:
+        """[B, ids, T]: of the step's tokens, if any lane asks."""
+        if self.rotary is None:
+            return None
+        if self.position is None:
+            raise CacheMismatch(
+                "the text model was called by itself, and pre-RoPE keys need the positions that the whole model is told. Call that"
+            )
+        return self.position.mT.expand(query.shape[0], -1, -1)
 
     def _valid(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """[B, T], False for padding: a token that may not attend to itself. None = all are tokens."""
@@ -397,7 +410,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             for part, kind, tensor in store.tensors():
                 yield f"{name}.{part}", kind, tensor
         if self.pending is not None:
-            for name in ("keys", "values", "visual", "valid", "tier", "score", "asked"):
+            for name in ("keys", "values", "visual", "valid", "tier", "score", "asked", "position"):
                 tensor = getattr(self.pending, name)
                 if tensor is not None:
                     yield f"pending.{name}", "exact" if name in ("keys", "values") else "metadata", tensor

@@ -19,6 +19,29 @@ GROWING = ("dynamic", "longrope")
 """Kinds of rotary scaling whose frequencies depend on the length that has been reached."""
 
 
+def watch_positions(model: PreTrainedModel, note: Callable[[Tensor], None]) -> RemovableHandle | None:
+    """From now on `note` is given the positions [B or 1, T, ids] of each forward pass of the text model.
+
+    None for a model without rotary positions.
+    """
+    table = getattr(model.get_decoder(), "rotary_emb", None)
+    ids = _ids(table)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        position = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        if ids == 1:
+            note(position[..., None])
+        else:  # text alone may come with one id a token
+            note(position.expand(ids, *position.shape[-2:]).permute(1, 2, 0))
+
+    return None if table is None else table.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _ids(table: Any) -> int:
+    """How many positions a token has: time, height and width where pictures have places."""
+    return 3 if getattr(table, "mrope_section", None) else 1
+
+
 class Rotary:
     """Rotates keys of the full-attention layers as the model does, from positions, and back.
 
@@ -40,23 +63,11 @@ class Rotary:
                 f"{name} has {kind} rotary positions: frequencies change as the text grows, so keys that were stored "
                 "before cannot be rotated as they were. Use post-RoPE keys"
             )
-        self.ids = 3 if getattr(table, "mrope_section", None) else 1  # positions of a token
+        self.ids = _ids(table)
         by_type = "layer_type" in inspect.signature(table.forward).parameters
         # bound methods, not the model: a cache holds this object, and the model's buffers are none of its bytes
         self._tables = functools.partial(table.forward, **({"layer_type": "full_attention"} if by_type else {}))
         self._apply = _applying(decoder, table)
-
-    def watch(self, model: PreTrainedModel, note: Callable[[Tensor], None]) -> RemovableHandle:
-        """From now on `note` is given the positions [B or 1, T, ids] of each forward pass of the text model."""
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            position: Tensor = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
-            if self.ids == 1:
-                note(position[..., None])
-            else:  # text alone may come with one id a token
-                note(position.expand(self.ids, *position.shape[-2:]).permute(1, 2, 0))
-
-        return model.get_decoder().rotary_emb.register_forward_pre_hook(before, with_kwargs=True)
 
     def __deepcopy__(self, memo: Any) -> Rotary:
         return self

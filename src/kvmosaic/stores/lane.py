@@ -5,9 +5,12 @@ the ring, slot s at index s modulo the ring's size. Keys and values share the sl
 encodes its keys 128 tokens at a time and its values one by one.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +19,9 @@ from kvmosaic.codecs import Codec, Packed
 from kvmosaic.errors import NotFinite
 from kvmosaic.kernels import encode
 from kvmosaic.kernels.layout import BLOCK, Role, bytes_per_block, layout_of, pack, unpack
+
+if TYPE_CHECKING:
+    from kvmosaic.hooks.rotary import Rotary
 
 LARGEST = torch.finfo(torch.float16).max / 2
 """Of a number to encode: twice it, the widest range of a group, must fit float16."""
@@ -63,9 +69,11 @@ class LaneBytes:
     ring: [B, H, at most window + flush - 1, D] in the model's dtype; smaller while no row is that long.
     coded: [B, H] int64, how many slots are encoded.
     starts: [B, H, runs] int64, first slot of each run that was encoded together, if the codec has parts once a run.
+    position: [B, 1 or H, slots, ids] int32, the rotary positions of each slot's token, for keys that are encoded without;
+        one for all heads as long as they hold the same tokens. `rotary` turns them.
     """
 
-    def __init__(self, lane: Lane, role: Role, like: Tensor) -> None:
+    def __init__(self, lane: Lane, role: Role, like: Tensor, rotary: Rotary | None = None) -> None:
         batch, heads, _, self.channels = like.shape
         self.lane = replace(lane, codec=lane.codec.to(like.device))
         self.role, self.layout = role, layout_of(like.device)
@@ -81,6 +89,12 @@ class LaneBytes:
         self.ring = like.new_zeros(batch, heads, 0, self.channels)
         self.coded = torch.zeros(batch, heads, dtype=torch.int64, device=like.device)
         self.starts = self.coded.new_zeros(batch, heads, 0)
+        assert rotary is not None or not lane.pre_rope, (
+            "the cache of a recipe with pre-RoPE keys has its model's rotation"
+        )
+        self.rotary = rotary if lane.pre_rope else None
+        ids = 0 if self.rotary is None else self.rotary.ids
+        self.position = torch.zeros(batch, 1, 0, ids, dtype=torch.int32, device=like.device)
         self.free = 0  # tokens that can come before any row has some to encode
 
     def check(self, x: Tensor) -> None:
@@ -92,10 +106,13 @@ class LaneBytes:
                 "weights and dtype, or keep this layer exact"
             )
 
-    def put(self, x: Tensor, count: Tensor | None, length: Tensor) -> None:
+    def put(self, x: Tensor, count: Tensor | None, length: Tensor, position: Tensor | None = None) -> None:
         """Take the tokens that follow slot `length`: x [B, H, T, D], of which each row has its first `count` [B, H]
-        (None = all)."""
+        (None = all). position: [B, 1 or H, T, ids], for keys that are encoded without."""
         tokens = x.shape[2]
+        if self.rotary is not None:
+            assert position is not None, "pre-RoPE keys come with their positions"
+            self._place(position, count, length)
         if tokens > self.free:
             coming = tokens if count is None else count
             held = length - self.coded
@@ -119,6 +136,17 @@ class LaneBytes:
         if count is not None:
             stay = (slot >= self.coded[..., None]) & (slot < (length + count)[..., None])
         self._scatter(self.ring, x[:, :, first:], slot % self.lane.ring, stay)
+
+    def _place(self, position: Tensor, count: Tensor | None, length: Tensor) -> None:
+        """Note the positions of the tokens that follow slot `length`."""
+        heads = max(position.shape[1], self.position.shape[1])
+        slots, tokens = self.position.shape[2], position.shape[2]
+        grow = max(0, -(-(int(length.max()) + tokens) // 32) * 32 - slots)
+        self.position = torch.nn.functional.pad(self.position, (0, 0, 0, grow)).expand(-1, heads, -1, -1).contiguous()
+        order = torch.arange(tokens, device=position.device)
+        valid = None if count is None else order < count[:, :heads, None]
+        new = position.to(torch.int32).expand(-1, heads, -1, -1)
+        self._scatter(self.position, new, length[:, :heads, None] + order, valid)
 
     def read(self, start: int, stop: int) -> Packed:
         """The parts of slots [start, stop), codes unpacked to [B, H, tokens, width]; `start` on a block's border."""
@@ -172,6 +200,9 @@ class LaneBytes:
                 self.buffers[name] = pack(codes, part.bits, self.role, self.layout)
             else:
                 self._copy(buffer, source, target)
+        if self.rotary is not None:
+            self.position = self.position.expand(-1, source.shape[1], -1, -1).contiguous()
+            self._copy(self.position, source, target)
 
     @staticmethod
     def _copy(rows: Tensor, source: Tensor, target: Tensor) -> None:
@@ -193,11 +224,13 @@ class LaneBytes:
         yield "ring", "exact", self.ring
         yield "coded", "metadata", self.coded
         yield "starts", "metadata", self.starts
+        yield "position", "metadata", self.position
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of rows (reordering, repeating) to every tensor."""
         self.buffers = {name: change(buffer) for name, buffer in self.buffers.items()}
         self.ring, self.coded, self.starts = change(self.ring), change(self.coded), change(self.starts)
+        self.position = change(self.position)
 
     def _oldest(self, x: Tensor, held: Tensor, most: int) -> Tensor:
         """[B, H, most, D]: the oldest exact tokens of each row, from the ring first and then from x."""
@@ -216,6 +249,11 @@ class LaneBytes:
         """Encode x [B, H, T, D] into the slots after `coded`; each row has its first `count` tokens."""
         last = int((self.coded + count).max())
         self._reserve(last)
+        if self.rotary is not None:
+            slot = self.coded[:, : self.position.shape[1], None] + torch.arange(x.shape[2], device=x.device)
+            slot = slot.clamp_max(self.position.shape[2] - 1)  # past a short row's tokens: anything
+            index = slot[..., None].expand(-1, -1, -1, self.rotary.ids)
+            x = self.rotary.unrotate(x, self.position.gather(2, index))
         if not encode.write(self, x, count):
             self._write_by_codec(x, count, last)
         if self.by_run:

@@ -29,5 +29,7 @@ def attend(
 ) -> Partial:
     """As `reference.attend`, by the fastest kernel that serves these lanes on their device."""
     kernels = {"cpu": cpu, "cuda": cuda}.get(query.device.type)
+    if keys.rotary is not None:  # keys that are rotated as they are read
+        kernels = None
     part = kernels and kernels.attend(keys, values, length, query, scale, softcap, affine, fresh)
     return part or reference.attend(keys, values, length, query, scale, softcap, affine, fresh)
