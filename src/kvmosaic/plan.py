@@ -81,7 +81,7 @@ class Shape:
             )
         return Shape(
             heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            channels=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            channels=models.head_size(config),
             itemsize=itemsize,
             context=getattr(text, "max_position_embeddings", None),
             takes_pictures=bool(models.visual_ids(config)),

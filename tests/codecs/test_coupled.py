@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmosaic.codecs import Coupled
-from kvmosaic.codecs.coupled import ROWS, from_stream, to_stream
+from kvmosaic.codecs.coupled import ROWS
+from kvmosaic.codecs.stream import from_stream, to_stream
 from tests.instances import tables
 
 

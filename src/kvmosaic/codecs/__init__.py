@@ -3,8 +3,9 @@
 from kvmosaic.codecs.base import Codec, Packed, Part
 from kvmosaic.codecs.coupled import Coupled
 from kvmosaic.codecs.exact import Exact
+from kvmosaic.codecs.levels import Levels
 from kvmosaic.codecs.nonuniform import Sphere, sphere_levels
 from kvmosaic.codecs.rotated import Rotated
 from kvmosaic.codecs.uniform import Uniform
 
-__all__ = ["Codec", "Coupled", "Exact", "Packed", "Part", "Rotated", "Sphere", "Uniform", "sphere_levels"]
+__all__ = ["Codec", "Coupled", "Exact", "Levels", "Packed", "Part", "Rotated", "Sphere", "Uniform", "sphere_levels"]

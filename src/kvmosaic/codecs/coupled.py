@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvmosaic.codecs.base import Codec, Packed, Part
+from kvmosaic.codecs.stream import from_stream, to_stream
 
 ROWS = 16
 """Rows of a query (or of weights) up to which codes are looked up in tables; for more, decoding once is cheaper."""
@@ -97,21 +98,3 @@ class Coupled(Codec):
 
     def _codes(self, packed: Packed) -> Tensor:
         return from_stream(packed["codes"], self.bits, self.centroids.shape[1])
-
-
-def to_stream(codes: Tensor, bits: int) -> Tensor:
-    """[..., n] integers below 2**bits -> [..., ceil(n * bits / 8)] uint8, little-endian: the first in the lowest bits."""
-    if bits == 8:
-        return codes.to(torch.uint8)
-    place = torch.arange(bits, device=codes.device)
-    ones = (codes[..., None] >> place & 1).flatten(-2)
-    ones = torch.nn.functional.pad(ones, (0, -ones.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (ones << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
-
-
-def from_stream(stream: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `to_stream`: [..., count] int64."""
-    if bits == 8:
-        return stream.long()
-    ones = (stream[..., None].long() >> torch.arange(8, device=stream.device) & 1).flatten(-2)[..., : count * bits]
-    return (ones.unflatten(-1, (count, bits)) << torch.arange(bits, device=stream.device)).sum(-1)

@@ -52,7 +52,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
             prepare(model)
         self._types = models.layer_types(model.config)
         full = [index for index, (kind, _) in enumerate(self._types) if kind == "full_attention"]
-        _check_selection(recipe, full, len(self._types))
+        _check_selection(recipe, full, len(self._types), models.head_size(model.config))
         self._rotary = Rotary(model) if _lanes(recipe, full, lambda lane: lane.pre_rope) else None
         super().__init__(layers=self._empty_layers())
         self._context = models.context(model.config)
@@ -187,8 +187,8 @@ def _lanes(recipe: Recipe, layers: Sequence[int], asked: Callable[[Lane], bool])
     return [lane for tier in tiers for layer in layers for lane in tier.lanes(layer) if asked(lane)]
 
 
-def _check_selection(recipe: Recipe, full: Sequence[int], layers: int) -> None:
-    """full: the layers that attend to the whole context, of `layers`.
+def _check_selection(recipe: Recipe, full: Sequence[int], layers: int, channels: int) -> None:
+    """full: the layers that attend to the whole context, of `layers`. channels: of a head.
 
     Raises RecipeConflict if the tiers are not such that the selection can use them.
     """
@@ -202,7 +202,7 @@ def _check_selection(recipe: Recipe, full: Sequence[int], layers: int) -> None:
         return
     if recipe.visual is not None:
         raise RecipeConflict(f"{name}: tokens are evicted while decoding, from one tier. Leave `visual` unset")
-    if _lanes(recipe, full, lambda lane: not lane.one_by_one):
+    if _lanes(recipe, full, lambda lane: not lane.one_by_one(channels)):
         raise RecipeConflict(
             f"{name}: tokens are evicted one by one while decoding, and this tier shares ranges between tokens or holds some "
             "back. Evict at the prompt only (h2o_prefill, snapkv), or keep tokens with ranges of their own (turboquant)"

@@ -55,10 +55,9 @@ class Lane:
         """Most tokens that wait exact between two steps."""
         return self.window + self.flush - 1
 
-    @property
-    def one_by_one(self) -> bool:
+    def one_by_one(self, channels: int) -> bool:
         """Each token is written by itself and at once, so any token can give up its slot to another."""
-        return not self.ring and all(part.every == 1 for part in self.codec.parts(BLOCK * 2).values())
+        return not self.ring and all(part.every == 1 for part in self.codec.parts(channels).values())
 
 
 class LaneBytes:
@@ -98,9 +97,9 @@ class LaneBytes:
         self.free = 0  # tokens that can come before any row has some to encode
 
     def check(self, x: Tensor) -> None:
-        """Raises NotFinite if no float16 range can be fitted to x; asked before either lane is written."""
-        fitted = any(part.kind == "scales" for part in self.parts.values())
-        if fitted and x.numel() and not bool(x.abs().amax() <= LARGEST):  # false for NaN, too
+        """Raises NotFinite if x is to be encoded and no float16 range can be fitted to it; asked before either lane is written."""
+        coded = any(part.kind != "exact" for part in self.parts.values())
+        if coded and x.numel() and not bool(x.abs().amax() <= LARGEST):  # false for NaN, too
             raise NotFinite(
                 f"the {self.role} to encode hold NaN, infinity or numbers beyond {LARGEST:.0f} (half of float16). Check the model's "
                 "weights and dtype, or keep this layer exact"
@@ -171,7 +170,7 @@ class LaneBytes:
     def room(self) -> int:
         """Slots that there is room for."""
         each = [
-            self.buffers[name].shape[2] * (BLOCK if part.dtype is torch.uint8 else part.every)
+            self.buffers[name].shape[2] * (BLOCK if part.blocked else part.every)
             for name, part in self.parts.items()
             if part.every is not None
         ]
@@ -191,7 +190,7 @@ class LaneBytes:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy encoded tokens from slots `source` to slots `target`, [B, H, n] each; for lanes that write one by one."""
-        assert self.lane.one_by_one, "tokens that share parameters cannot be moved one by one"
+        assert self.lane.one_by_one(self.channels), "tokens that share parameters cannot be moved one by one"
         for name, part in self.parts.items():
             buffer = self.buffers[name]
             if part.blocked:
