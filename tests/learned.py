@@ -1,19 +1,15 @@
 """Calibration files of the tiny models: made once a process, when first asked for."""
 
 import atexit
-import inspect
 import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from kvmosaic import methods
-from kvmosaic.evals.learn import Passage, learn
+from kvmosaic.evals.learn import Passage, learn, settings
 from kvmosaic.loading import Opened
-from kvmosaic.options import option
 from tests import models
 from tests.models import Row, prompt
 
@@ -35,19 +31,11 @@ def folder() -> Path:
     return made
 
 
-def options(text: str) -> tuple[str, dict[str, Any]]:
-    """What `calibrate --method TEXT` learns with."""
-    name, *words = text.split()
-    parameters = inspect.signature(methods.learner(name)).parameters
-    known = {key: each.default for key, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
-    return name, known | dict(option(name, known, word) for word in words)
-
-
 @cache
 def file(kind: str, text: str) -> Path:
     """What method `text` learns for the tiny model of this kind."""
     path = folder() / f"{kind} {text}.safetensors".replace(" ", "-")
-    learn(opened(kind), *options(text), passages(kind), path)
+    learn(opened(kind), *settings(text), passages(kind), path)
     return path
 
 

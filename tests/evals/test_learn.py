@@ -90,7 +90,7 @@ def test_learning_leaves_the_model_as_it_was() -> None:
 
 
 CQ = "cq coupled=4 bits=4"
-NAME, OPTIONS = learned.options(CQ)
+NAME, OPTIONS = learning.settings(CQ)
 
 
 def broken_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:

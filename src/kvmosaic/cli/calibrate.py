@@ -1,6 +1,5 @@
 """kvmosaic calibrate"""
 
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,6 @@ import typer
 from rich.progress import Progress
 
 from kvmosaic import bundled
-from kvmosaic import methods as registry
 from kvmosaic.cli.output import Device, Dtype, Json, open_quietly, progress, show
 from kvmosaic.evals import calibrate as search
 from kvmosaic.evals import learn as learning
@@ -31,9 +29,11 @@ def calibrate(
     ] = "calibquant bits=1",
     data: Annotated[
         str | None,
-        typer.Option(help='A text, a JSONL file of prompts and answers, or a generated task as "lines lines=100".'),
+        typer.Option(
+            help="Divided by \";\": text files, JSONL files of prompts and answers, generated tasks as 'lines lines=100'."
+        ),
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Passages of a text, or examples of a task.")] = 16,
+    sequences: Annotated[int, typer.Option(min=1, help="Passages of each text, examples of each task.")] = 16,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a passage of a text.")] = 2048,
     images: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pictures; for calibquant and mosaic-vlm generated if left out.")
@@ -54,7 +54,7 @@ def calibrate(
     """Learns from text or pictures what a method needs for a model, and writes it to one file."""
     name, *words = method.split() or [""]
     searched = name == "calibquant"
-    options = _bits(words) if searched else _options(name, words)
+    options = _bits(words) if searched else learning.settings(method)[1]
     if searched and data is not None:
         raise ValueError("calibquant is about the tokens of pictures: give --images instead of --data")
     if not searched and (data is None) == (images is None):
@@ -143,17 +143,6 @@ def _bits(words: Sequence[str]) -> dict[str, Any]:
     options = dict(option("calibrate --method calibquant", ("bits", "key_bits", "value_bits"), word) for word in words)
     bits = options.get("bits", 1)
     return {"key_bits": options.get("key_bits", bits), "value_bits": options.get("value_bits", bits)}
-
-
-def _options(name: str, words: Sequence[str]) -> dict[str, Any]:
-    """All options that the method learns with, those that were not given by their defaults."""
-    learner = registry.learner(name)
-    if learner is None:
-        known = [each for each in registry.names() if registry.learner(each)]
-        raise ValueError(f"{name} learns nothing from data. These do: calibquant, {', '.join(known)}")
-    parameters = inspect.signature(learner).parameters
-    defaults = {key: each.default for key, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
-    return defaults | dict(option(f"calibrate --method {name}", defaults, word) for word in words)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,22 @@ from kvmosaic.hooks import models
 from kvmosaic.hooks.rotary import Rotary, watch_positions
 from kvmosaic.learning import Sample, Side
 from kvmosaic.loading import Opened
+from kvmosaic.options import option
+
+
+def settings(method: str) -> tuple[str, dict[str, Any]]:
+    """ "cq coupled=8" -> ("cq", all options that it learns with, those that are not given by their defaults).
+
+    Raises ValueError for a method that does not learn layer by layer, or an option that it does not learn with.
+    """
+    name, *words = method.split() or [""]
+    learner = methods.learner(name)
+    if learner is None:
+        known = [each for each in methods.names() if methods.learner(each)]
+        raise ValueError(f"{name} learns nothing from data. These do: calibquant, {', '.join(known)}")
+    parameters = inspect.signature(learner).parameters
+    defaults = {key: each.default for key, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+    return name, defaults | dict(option(f"calibrate --method {name}", defaults, word) for word in words)
 
 
 @dataclass(frozen=True)
@@ -35,22 +52,34 @@ class Passage:
 
 
 def passages(opened: Opened, data: str, count: int, length: int, seed: int = 0) -> list[Passage]:
-    """`count` passages: of `length` tokens from random places of a text file; or examples of a task or a JSONL file, each
-    with its questions and answers one after another, and the loss over the answers.
+    """`count` passages of each part of `data`, which are divided by semicolons: `length` tokens from random places of a text
+    file, or examples of a task or a JSONL file, each with its questions and answers one after another, and the loss over
+    the answers.
 
-    Raises ValueError for data that is missing, empty or too short, or for a task that has no examples.
+    Raises ValueError for data that is missing, empty or too short, or for a task that has no questions.
     """
-    if data.split()[0:1] and (Path(data).suffix == ".jsonl" or not Path(data).is_file()):
-        (task,) = found if len(found := suite.parse(data)) == 1 else (None,)
+    found: list[Passage] = []
+    for each in filter(None, map(str.strip, data.split(";"))):
+        path = Path(each)
+        if path.suffix != ".jsonl" and path.is_file():
+            found += _of_text(opened, path, count, length, seed)
+            continue
+        (task,) = suite.parse(each)
         if not isinstance(task, suite.Questions):
-            raise ValueError(f"--data takes a text file, a JSONL file or one task with questions, got {data!r}")
-        return [passage(opened, each, task.chat) for each in islice(task.examples(seed), count)]
+            raise ValueError(f"--data takes text files, JSONL files and tasks with questions, got {each!r}")
+        found += [passage(opened, example, task.chat) for example in islice(task.examples(seed), count)]
+    if not found:
+        raise ValueError(f"there is nothing to learn from in {data!r}. Give a text file or a task")
+    return found
+
+
+def _of_text(opened: Opened, path: Path, count: int, length: int, seed: int) -> list[Passage]:
     try:
-        ids = opened.inputs(Path(data).read_text())["input_ids"]
+        ids = opened.inputs(path.read_text())["input_ids"]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the text of {data!r} ({error}). Give a file in UTF-8, or a task") from error
+        raise ValueError(f"cannot read the text of {path} ({error}). Give a file in UTF-8, or a task") from error
     if ids.shape[1] < 2:
-        raise ValueError(f"{data} has {ids.shape[1]} tokens, and nothing can be learned from fewer than 2")
+        raise ValueError(f"{path} has {ids.shape[1]} tokens, and nothing can be learned from fewer than 2")
     rng = random.Random(seed)
     starts = [rng.randrange(max(1, ids.shape[1] - length + 1)) for _ in range(count)]
     parts = [ids[:, start : start + length] for start in dict.fromkeys(starts)]
