@@ -13,8 +13,8 @@ from kvmosaic.codecs import Exact
 from kvmosaic.errors import CacheMismatch, CannotRollBack, NotFinite, UnsupportedModel
 from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_sinks
 from kvmosaic.hooks.pending import Pending
-from kvmosaic.kernels import step
 from kvmosaic.hooks.rotary import Rotary
+from kvmosaic.kernels import step
 from kvmosaic.kernels.attention import Partial, dense, dense_mass
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import DROP, WAIT, Evicting, Gathering, Step
@@ -154,6 +154,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         recipe = self.recipe
         if isinstance(recipe.selection, Evicting | Gathering):
             return "its selection goes on while decoding"
+        if recipe.first:
+            return "its first tokens have a store of their own"
         tiers = [*(recipe.tiers or (EXACT,)), *([recipe.visual] if recipe.visual else [])]
         stores = [(tier.lanes(self.index), tier.affine_of(self.index)) for tier in tiers]
         return step.why_not(stores, channels, dtype, device)

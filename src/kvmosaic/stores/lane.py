@@ -176,7 +176,7 @@ class LaneBytes:
         ]
         return min(each, default=0)
 
-    def load(self, other: "LaneBytes") -> bool:
+    def load(self, other: LaneBytes) -> bool:
         """Take over the bytes of another lane into the tensors that are here; False if they have no room for them."""
         pairs = [(buffer, other.buffers[name]) for name, buffer in self.buffers.items()] + [(self.ring, other.ring)]
         if any(mine.shape[2] < theirs.shape[2] for mine, theirs in pairs) or self.starts.shape != other.starts.shape:
