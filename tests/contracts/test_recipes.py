@@ -170,6 +170,16 @@ def test_a_window_over_the_length_changes_nothing() -> None:
     assert cache.report().codes == 0
 
 
+@pytest.mark.parametrize("option", ["window=300", "first=300"])
+@pytest.mark.parametrize("text", LEARNED)
+def test_a_window_or_first_tokens_over_the_length_change_nothing(text: str, option: str) -> None:
+    inputs = prompt("llama", *PADDED)
+    cache = Cache(models.model("llama"), methods.parse(learned.recipe("llama", text, option)))
+    mine = logits(models.model("llama"), inputs, cache, 20)
+    assert torch.allclose(mine, logits(models.stock("llama"), inputs, None, 20), rtol=0, atol=1e-4)
+    assert cache.report().codes == 0
+
+
 @pytest.mark.parametrize(("kind", "text"), [("llama", "kivi bits=8 residual=32"), ("internvl", "calibquant bits=8")])
 def test_eight_bits_are_close_and_fewer_are_further(kind: str, text: str) -> None:
     model, inputs = models.model(kind), prompt(kind, *PADDED)

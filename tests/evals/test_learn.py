@@ -93,8 +93,8 @@ CQ = "cq coupled=4 bits=4"
 NAME, OPTIONS = learning.settings(CQ)
 
 
-def broken_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The second layer that is learned is never finished. Returns the tokens of each call."""
+def broken_off(monkeypatch: pytest.MonkeyPatch, out: Path) -> list[int]:
+    """A run that ends while it learns the second layer. Returns the tokens of each call, of later runs too."""
     calls: list[int] = []
     own = methods.learner(NAME)
 
@@ -105,20 +105,16 @@ def broken_off(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return own(sample, **options)
 
     monkeypatch.setattr(methods, "learner", lambda name: learn)
+    with pytest.raises(KeyboardInterrupt):
+        learning.learn(learned.opened("llama"), NAME, OPTIONS, learned.passages("llama"), out)
+    assert [each.name for each in out.parent.iterdir()] == [f"{out.name}.layers"]
     return calls
 
 
 def test_a_run_that_was_broken_off_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = calibration.load(learned.file("llama", CQ), method=NAME, options=OPTIONS)
-    opened, parts, out, calls = (
-        learned.opened("llama"),
-        learned.passages("llama"),
-        tmp_path / "file",
-        broken_off(monkeypatch),
-    )
-    with pytest.raises(KeyboardInterrupt):
-        learning.learn(opened, NAME, OPTIONS, parts, out)
-    assert [each.name for each in tmp_path.iterdir()] == ["file.layers"]
+    opened, parts, out = learned.opened("llama"), learned.passages("llama"), tmp_path / "file"
+    calls = broken_off(monkeypatch, out)
     found, before = learning.learn(opened, NAME, OPTIONS, parts, out)
     assert before == {0}
     assert calls == [180] * 3
@@ -129,14 +125,8 @@ def test_a_run_that_was_broken_off_goes_on_where_it_stopped(tmp_path: Path, monk
 
 @pytest.mark.parametrize("other", ["text", "options", "damage"])
 def test_a_run_does_not_go_on_from_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
-    opened, parts, out, calls = (
-        learned.opened("llama"),
-        learned.passages("llama"),
-        tmp_path / "file",
-        broken_off(monkeypatch),
-    )
-    with pytest.raises(KeyboardInterrupt):
-        learning.learn(opened, NAME, OPTIONS, parts, out)
+    opened, parts, out = learned.opened("llama"), learned.passages("llama"), tmp_path / "file"
+    calls = broken_off(monkeypatch, out)
     if other == "damage":
         (tmp_path / "file.layers").write_bytes(b"half")
     parts = learned.passages("llama", 2) if other == "text" else parts
@@ -146,13 +136,16 @@ def test_a_run_does_not_go_on_from_another(tmp_path: Path, monkeypatch: pytest.M
     assert len(calls) == 4
 
 
-def test_numbers_that_are_none_are_refused_with_their_layer(tmp_path: Path) -> None:
+def test_numbers_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.make("llama")
     model.model.layers[1].self_attn.v_proj.weight.data[3] = torch.nan
     with pytest.raises(NotFinite, match="the loss on the data is nan"):
         learning.learn(
             learned.Opened("llama", model, None), NAME, OPTIONS, learned.passages("llama"), tmp_path / "file"
         )
+    monkeypatch.setattr(learning.Rotary, "transpose", lambda self, gradient, position: gradient * torch.inf)
+    with pytest.raises(NotFinite, match="layer 0: the keys, the values or their gradients hold NaN or infinity"):
+        learning.samples(learned.opened("llama"), learned.passages("llama", 1))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(NotFinite, match="hold NaN or infinity"):
         Side(torch.zeros(2, 3, 4), torch.full((2, 3, 4), torch.inf))

@@ -11,7 +11,7 @@ from kvmosaic.evals import learn as learning
 from kvmosaic.learning import Sample, Side
 from kvmosaic.methods.cq import learn
 from tests import learned, models
-from tests.models import Row, logits, prompt
+from tests.models import Row, prompt
 
 CQ = "cq coupled=4 bits=4"
 
@@ -19,15 +19,6 @@ CQ = "cq coupled=4 bits=4"
 def test_without_tables_it_says_how_to_learn_them() -> None:
     with pytest.raises(NeedsCalibration, match='kvmosaic calibrate --method "cq coupled=8 bits=10" --model NAME'):
         methods.cq(coupled=8, bits=10)
-
-
-@pytest.mark.parametrize("option", ["window=300", "first=300"])
-def test_a_window_or_first_tokens_over_the_length_change_nothing(option: str) -> None:
-    inputs = prompt("llama", Row(75, 1, 0), Row(58, 3, 1))
-    cache = Cache(models.model("llama"), methods.parse(learned.recipe("llama", CQ, option)))
-    mine = logits(models.model("llama"), inputs, cache, 20)
-    assert torch.allclose(mine, logits(models.stock("llama"), inputs, None, 20), rtol=0, atol=1e-4)
-    assert cache.report().codes == 0
 
 
 def test_tables_that_hold_every_vector_are_exact() -> None:

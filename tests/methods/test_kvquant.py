@@ -9,7 +9,7 @@ from kvmosaic.evals import learn as learning
 from kvmosaic.learning import Sample, Side
 from kvmosaic.methods.kvquant import learn
 from tests import learned, models
-from tests.models import Row, generate, logits, prompt
+from tests.models import Row, generate, prompt
 
 KVQUANT = "kvquant bits=2"
 
@@ -26,15 +26,6 @@ def tier(text: str) -> tuple:
 def test_without_levels_it_says_how_to_learn_them() -> None:
     with pytest.raises(NeedsCalibration, match='kvmosaic calibrate --method "kvquant bits=3" --model NAME'):
         methods.kvquant(bits=3)
-
-
-@pytest.mark.parametrize("option", ["window=300", "first=300"])
-def test_a_window_or_first_tokens_over_the_length_change_nothing(option: str) -> None:
-    inputs = prompt("llama", Row(75, 1, 0), Row(58, 3, 1))
-    cache = Cache(models.model("llama"), methods.parse(learned.recipe("llama", KVQUANT, option)))
-    mine = logits(models.model("llama"), inputs, cache, 20)
-    assert torch.allclose(mine, logits(models.stock("llama"), inputs, None, 20), rtol=0, atol=1e-4)
-    assert cache.report().codes == 0
 
 
 def test_about_the_share_that_was_asked_for_lies_outside_each_channels_range() -> None:

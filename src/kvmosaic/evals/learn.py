@@ -170,12 +170,16 @@ def _one(opened: Opened, part: Passage) -> dict[int, Sample]:
             continue
         keys, values = cache.noted[layer]
         assert keys.grad is not None and values.grad is not None, "every layer has a part in the loss"
-        unrotated = None
-        if rotary is not None:
-            position = positions[0][:, None]
-            unrotated = _side(rotary.unrotate(keys.detach(), position), rotary.transpose(keys.grad, position))
         place = torch.arange(keys.shape[2])
-        found[layer] = Sample(_side(keys.detach(), keys.grad), _side(values.detach(), values.grad), unrotated, place)
+        try:
+            sides = _side(keys.detach(), keys.grad), _side(values.detach(), values.grad)
+            unrotated = None
+            if rotary is not None:
+                position = positions[0][:, None]
+                unrotated = _side(rotary.unrotate(keys.detach(), position), rotary.transpose(keys.grad, position))
+        except NotFinite as error:
+            raise NotFinite(f"layer {layer}: {error}") from None
+        found[layer] = Sample(*sides, unrotated, place)
     return found
 
 
@@ -220,10 +224,7 @@ def learn(
     found = samples(opened, parts, lambda: tick("passages", len(parts)))
     for layer, sample in found.items():
         if layer not in known:
-            try:
-                made = learner(sample.to(opened.model.device), **options)
-            except NotFinite as error:
-                raise NotFinite(f"layer {layer}: {error}") from None
+            made = learner(sample.to(opened.model.device), **options)
             tensors |= {f"{layer}.{key}": tensor.cpu().contiguous() for key, tensor in made.items()}
             started.holding(tensors).save(beside)
         tick("layers", len(found))
