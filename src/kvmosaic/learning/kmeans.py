@@ -13,7 +13,7 @@ def kmeans(
     """x [P, N, c], weights [P, N] not negative -> centroids [P, count, c] float32, of P problems side by side.
 
     Starts by k-means++; a centroid that nobody chooses moves to the farthest sample. Stops after `iterations`, or when
-    no problem's weighted loss falls by more than `tolerance` of it. The factor of the weights does not matter.
+    the weighted loss of all problems together falls by no more than `tolerance` of it. The factor of the weights does not matter.
     Raises ValueError for fewer samples than centroids.
     """
     problems, samples, channels = x.shape
@@ -22,11 +22,11 @@ def kmeans(
     x, weights = x.float(), _without_zeros(weights)
     centroids = _spread(x, weights, count, torch.Generator(x.device).manual_seed(seed))
     offset = torch.arange(problems, device=x.device)[:, None] * count
-    before = torch.full((problems,), torch.inf, device=x.device)
+    before = torch.tensor(torch.inf, device=x.device)
     for _ in range(iterations):
         nearest, distance = assign(x, centroids)
-        loss = (weights * distance).sum(1)
-        if bool((before - loss <= tolerance * loss).all()):
+        loss = (weights * distance).sum()
+        if bool(before - loss <= tolerance * loss):
             break
         before = loss
         index = (nearest + offset).flatten()
