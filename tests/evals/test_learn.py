@@ -69,7 +69,7 @@ def test_weights_are_squared_gradients_of_the_loss() -> None:
         logits = model(ids).logits[0, :-1]
         hook.remove()
         each = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
-        return float(each[counted[0, 1:]].mean())
+        return float(each[counted[0, 1:]].sum())
 
     for name, side in (("v_proj", sample.values), ("k_proj", sample.unrotated)):
         for token, channel in ((3, 5), (15, 40)):

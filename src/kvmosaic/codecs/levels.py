@@ -86,7 +86,7 @@ class Levels(Codec):
                 raise ValueError(f"the ranges are for {self.ranges.shape[1]} KV heads, and {x.shape[1]} came")
             middle, half = self.ranges.float()[:, None, :, None]
         unit = (x - middle) / torch.where(half > 0, half, 1.0)
-        codes = torch.bucketize(unit, (self.levels[1:] + self.levels[:-1]) / 2)
+        codes = torch.bucketize(unit.contiguous(), (self.levels[1:] + self.levels[:-1]) / 2)
         packed["codes"] = to_stream(codes, self.bits)
         if self.outliers:
             missing = x - (middle + half * self.restored[codes])

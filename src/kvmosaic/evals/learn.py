@@ -158,7 +158,7 @@ def _one(opened: Opened, part: Passage) -> dict[int, Sample]:
         counted = part.counted[0, 1:]
         if not bool(counted.any()):
             raise ValueError("nothing of a passage counts: it has no answer, and not even two tokens")
-        loss = losses[counted].mean()
+        loss = losses[counted].sum()  # a mean would weigh the tokens of a passage by how few of them count
         if not bool(loss.isfinite()):
             raise NotFinite(
                 f"the loss on the data is {float(loss)}. Check the model's weights, and try --dtype float32"
