@@ -25,7 +25,7 @@ def test_another_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.M
     MADE.save(tmp_path / "file")
     monkeypatch.undo()
     with pytest.raises(
-        BadCalibration, match="has calibration format 0, and this version reads 1. Make one with: kvmosaic"
+        BadCalibration, match=r"has calibration format 0, and this version reads 1\. Make one with: kvmosaic"
     ):
         load(tmp_path / "file", method="cq", options={})
 
