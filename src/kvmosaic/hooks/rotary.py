@@ -54,9 +54,7 @@ class Rotary:
         name, decoder = type(model).__name__, model.get_decoder()
         table = getattr(decoder, "rotary_emb", None)
         if table is None:
-            raise UnsupportedModel(
-                f"{name} has no rotary positions, so its keys are not rotated: leave pre_rope out"
-            )
+            raise UnsupportedModel(f"{name} has no rotary positions, so its keys are not rotated: leave pre_rope out")
         kind = table.rope_type["full_attention"] if isinstance(table.rope_type, dict) else table.rope_type
         if kind in GROWING:
             raise UnsupportedModel(
