@@ -47,6 +47,8 @@ SUITE: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {  # tasks with their
             "exact",
             *(f"kivi bits={bits}" for bits in (8, 4, 2)),
             *(f"mosaic bits={bits}" for bits in (4, 3, 2, 1.5, 1)),
+            "think",
+            "think channels=32 | kivi bits=2",
             "zipcache",
             *(f"{name} keep=0.5" for name in ("snapkv", "expected_attention", "h2o")),
         ),

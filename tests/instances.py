@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from kvmosaic import methods
-from kvmosaic.codecs import Codec, Coupled, Exact, Levels, Rotated, Sphere, Uniform
+from kvmosaic.codecs import Codec, Coupled, Exact, Levels, Rotated, Sketched, Sphere, Split, Uniform
 from kvmosaic.errors import NeedsCalibration
 from kvmosaic.recipe import Recipe
 from kvmosaic.stores import Coded, Lane
@@ -42,6 +42,8 @@ CODECS: dict[str, Codec] = {
     **{f"coupled{coupled}c{bits}": tables(coupled, bits) for coupled, bits in ((8, 8), (8, 10), (4, 3), (2, 8))},
     **{f"channel-levels{bits}": levels(bits, outliers, True) for bits, outliers in ((1, 2), (2, 0), (3, 1), (4, 3))},
     **{f"token-levels{bits}": levels(bits, outliers, False) for bits, outliers in ((1, 0), (2, 2), (3, 1), (4, 0))},
+    "split": Split(first=Sphere(bits=3, scale="unbiased"), rest=Uniform(bits=2, axis="channel", group=32), channels=32),
+    "sketched3": Sketched(codec=Sphere(bits=2, scale="norm")),
     "by-head2": Uniform(bits=2, axis="channel", clip=(0.5, 0.9)),
 }
 """All are made for two KV heads and head sizes that are multiples of 32."""
@@ -82,7 +84,8 @@ def _bare(name: str) -> bool:
 
 BARE = [name for name in methods.names() if _bare(name)]
 TEXT = ["exact", *(name for name in BARE if name not in ("exact", "calibquant"))]
-TEXT += ["kivi bits=4 residual=32", "kivi bits=8 residual=32"]
+TEXT += ["kivi bits=4 residual=32", "kivi bits=8 residual=32", "think channels=16 | kivi residual=32"]
+TEXT += ["turboquant bits=2.5 outliers=8", "turboquant variant=prod"]
 """Recipes for any model, as a user writes them."""
 
 LEARNED = [
@@ -98,5 +101,6 @@ VISUAL = [
     "calibquant bits=2",
     "calibquant bits=4 by_picture=true",
     "calibquant bits=1 | kivi bits=2 residual=32",
+    "calibquant bits=2 | think channels=16 recent=8",
 ]
 """Recipes for vision models."""

@@ -18,14 +18,24 @@ RECIPES = [
     "kivi key_bits=8 value_bits=1 group=16 residual=48",
     "turboquant",
     "mosaic bits=1.5",
+    "turboquant bits=2.5 outliers=8",
+    "turboquant bits=3 variant=prod",
     "snapkv keep=0.3",
     "snapkv tokens=40 window=8 pyramid=True | kivi residual=32",
     "h2o keep=0.3",
     "streaming_llm recent=50 | turboquant bits=3",
     "zipcache",
+    "think",
+    "think channels=20 recent=8 | snapkv keep=0.3",
+    "think channels=16 | zipcache",
+    "think pruned=0.5 | kivi residual=32",
     "zipvl mass=1.0 probes=10000",
 ]
-VISUAL_RECIPES = ["calibquant bits=1", "calibquant bits=2 by_picture=True | kivi bits=4 residual=32"]
+VISUAL_RECIPES = [
+    "calibquant bits=1",
+    "think | calibquant bits=1",
+    "calibquant bits=2 by_picture=True | kivi bits=4 residual=32",
+]
 
 
 def held(model: Any, recipe: str, inputs: dict[str, torch.Tensor]) -> int:

@@ -16,15 +16,13 @@ from typing import Any
 import torch
 
 from kvmosaic import bundled
-from kvmosaic.codecs import Exact
 from kvmosaic.errors import UnsupportedModel
 from kvmosaic.hooks import models
-from kvmosaic.hooks.layer import EXACT
 from kvmosaic.kernels.layout import BLOCK, bytes_per_block
 from kvmosaic.loading import read_config
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import Evicting
-from kvmosaic.stores import Coded, Lane, Tier
+from kvmosaic.stores import Lane, Tier
 
 CONFIGS = resources.files(__package__) / "configs"
 FLAG = 8
@@ -116,8 +114,7 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
         if recipe.selection is not None:
             counts = recipe.selection.expected(tokens, layer, len(shape.kinds))
         if first:  # taken to be kept by the selection, and not visual
-            exact = Lane(Exact(), window=recipe.first or 0)
-            total += _store_bytes(shape, Coded(exact, exact), layer, first, 1)
+            total += _store_bytes(shape, recipe.first_in, recipe, layer, first, 1)
             counts = (max(0, counts[0] - first), *counts[1:])
         # visual tokens are taken to be kept as often as others, and to go to no tier but theirs
         shown = visual if recipe.visual is not None else 0
@@ -125,29 +122,32 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
         if shown:
             assert recipe.visual is not None, "just checked"
             runs = pictures if recipe.visual_by_picture else 1
-            total += _store_bytes(shape, recipe.visual, layer, shown, runs, recipe.selection is not None)
-        for tier, count in zip(recipe.tiers or (EXACT,), counts, strict=True):
+            total += _store_bytes(shape, recipe.visual, recipe, layer, shown, runs)
+        for tier, count in zip(recipe.stored_in, counts, strict=True):
             rest = round(count * (1 - shown / max(sum(counts), 1)))
             if rest:
-                total += _store_bytes(shape, tier, layer, rest, 1, recipe.selection is not None)
+                total += _store_bytes(shape, tier, recipe, layer, rest, 1)
+        if recipe.projection is not None:
+            total += shape.heads * recipe.projection.nbytes(shape.channels)
         if isinstance(recipe.selection, Evicting):  # a place and a score for each slot, two counts for each sequence
             total += shape.heads * -(-counts[0] // 32) * 32 * (4 + 4) + 2 * FLAG
     return total
 
 
-def _store_bytes(shape: Shape, tier: Tier, layer: int, tokens: int, runs: int, by_head: bool = False) -> int:
-    """by_head: heads hold tokens of their own, so that positions are noted for each."""
-    lanes = tier.lanes(layer)
-    places = -(-tokens // 32) * 32 * 4 * shape.ids * (shape.heads if by_head else 1)
-    return sum(places for lane in lanes if lane.pre_rope) + shape.heads * (
-        sum(_lane_bytes(shape, lane, tokens, runs) for lane in lanes) + FLAG
-    )
+def _store_bytes(shape: Shape, tier: Tier, recipe: Recipe, layer: int, tokens: int, runs: int) -> int:
+    keys, values = tier.lanes(layer)
+    stored = shape.channels if recipe.projection is None else recipe.projection.size(shape.channels)
+    lanes = _lane_bytes(shape, keys, stored, tokens, runs) + _lane_bytes(shape, values, shape.channels, tokens, runs)
+    places = 0
+    if keys.pre_rope:  # with a selection, heads hold tokens of their own
+        places = -(-tokens // 32) * 32 * 4 * shape.ids * (1 if recipe.selection is None else shape.heads)
+    return shape.heads * (lanes + FLAG) + places
 
 
-def _lane_bytes(shape: Shape, lane: Lane, tokens: int, runs: int) -> int:
-    """Of one head: as `LaneBytes` allocates."""
+def _lane_bytes(shape: Shape, lane: Lane, stored: int, tokens: int, runs: int) -> int:
+    """Of one head, `stored` channels of each token encoded: as `LaneBytes` allocates."""
     coded = max(0, tokens - lane.window) // lane.flush * lane.flush
-    parts = lane.codec.parts(shape.channels).values()
+    parts = lane.codec.parts(stored).values()
     total = FLAG + (FLAG * runs if any(part.every is None for part in parts) and coded else 0)
     for part in parts:
         if part.every is None:

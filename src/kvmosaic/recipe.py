@@ -10,16 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from kvmosaic.codecs import Exact
 from kvmosaic.errors import RecipeConflict
 from kvmosaic.prefill import Prefill
+from kvmosaic.projection import Projection
 from kvmosaic.selection import Selection
-from kvmosaic.stores import Tier
+from kvmosaic.stores import EXACT, Lane, Tier
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What happens to a cache, axis by axis; None leaves an axis as it is. Join recipes with `|`.
 
+    projection: which channels of the keys are kept; None = all.
     selection: which tokens are kept, and in which tier; None = all, in the first.
     tiers: how tokens are kept, best tier first; None = exactly.
     prefill: how the attention of the first prompt is computed; None = exactly.
@@ -30,6 +33,7 @@ class Recipe:
     name: what the user wrote; labels tables, and is no part of the value.
     """
 
+    projection: Projection | None = None
     selection: Selection | None = None
     tiers: tuple[Tier, ...] | None = None
     prefill: Prefill | None = None
@@ -57,6 +61,19 @@ class Recipe:
             changes[axis] = theirs if mine is None else mine
         names = [each.name for each in (self, other) if each.name and each != Recipe()]
         return replace(self, **changes, name=" | ".join(dict.fromkeys(names)) or self.name or other.name)
+
+    @property
+    def stored_in(self) -> tuple[Tier, ...]:
+        """The tiers; without any, one of exact tokens, whose newest keys wait to be projected."""
+        if self.tiers is not None or self.projection is None:
+            return self.tiers or (EXACT,)
+        return (replace(EXACT, keys=Lane(Exact(), window=self.projection.recent)),)
+
+    @property
+    def first_in(self) -> Tier:
+        """The tier of the first tokens, which are never encoded: room for as many as there are."""
+        lane = Lane(Exact(), window=self.first or 0)
+        return replace(EXACT, keys=lane, values=lane)
 
     @property
     def is_exact(self) -> bool:

@@ -102,7 +102,7 @@ def test_codes_of_unrotated_keys_are_read_as_decoded_and_rotated() -> None:
     rotary, lane = Rotary(model), Lane(Uniform(bits=4, axis="channel", group=32), 0, 32, pre_rope=True)
     keys, values = torch.randn(2, 2, 2, 96, 32, generator=torch.Generator().manual_seed(0))
     position = torch.randint(0, 500, (2, 96, 1), generator=torch.Generator().manual_seed(1))
-    store = Coded(lane, Lane(Exact())).open(0, keys, values, rotary)
+    store = Coded(lane, Lane(Exact())).open(0, keys, values, rotary=rotary)
     store.put(keys, values, None, position)
     turned = lane.codec.decode(lane.codec.encode(rotary.unrotate(keys, position[:, None]), None))
     dense = rotary.rotate(turned, position[:, None])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvmosaic import Cache, calibration, methods
-from kvmosaic.errors import BadCalibration, NeedsCalibration
+from kvmosaic.errors import BadCalibration, NeedsCalibration, RecipeConflict
 from kvmosaic.evals import learn as learning
 from kvmosaic.learning import Sample, Side
 from kvmosaic.methods.kvquant import learn
@@ -143,3 +143,10 @@ def test_levels_of_other_settings_are_refused() -> None:
             methods.kvquant(**options, calibration=file)
     with pytest.raises(BadCalibration, match="made for kvquant, and cq was asked for"):
         calibration.load(file, method="cq", options={})
+
+
+@pytest.mark.parametrize("text", ["think pruned=0.5", "think channels=16"])
+def test_a_part_of_the_channels_does_not_fit_what_was_learned_of_all(text: str) -> None:
+    for own in (KVQUANT, "cq coupled=4 bits=4"):
+        with pytest.raises(RecipeConflict, match="these tiers learned what they know of all channels"):
+            Cache(models.model("llama"), methods.parse(f"{learned.recipe('llama', own)} | {text}"))

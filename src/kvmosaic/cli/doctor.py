@@ -11,8 +11,9 @@ import kvmosaic
 from kvmosaic import kernels, methods
 from kvmosaic.cli.output import Json, show
 from kvmosaic.errors import NeedsCalibration
-from kvmosaic.hooks.layer import EXACT, CacheLayer
+from kvmosaic.hooks.layer import CacheLayer
 from kvmosaic.kernels.attention import cpu
+from kvmosaic.projection import NO_KERNEL
 from kvmosaic.recipe import Recipe
 
 HEAD_SIZE = 128
@@ -54,7 +55,9 @@ def _served(name: str) -> str:
 
 
 def _compiled(recipe: Recipe) -> str:
-    tiers = [*(recipe.tiers or (EXACT,)), *([recipe.visual] if recipe.visual else [])]
+    if recipe.projection is not None:
+        return f"PyTorch ({NO_KERNEL})"
+    tiers = [*recipe.stored_in, *([recipe.visual] if recipe.visual else [])]
     reasons = [
         cpu.why_not(lane.codec, role, HEAD_SIZE)  # type: ignore[arg-type]
         for tier in tiers

@@ -6,6 +6,21 @@ from kvmosaic.codecs.exact import Exact
 from kvmosaic.codecs.levels import Levels
 from kvmosaic.codecs.nonuniform import Sphere, sphere_levels
 from kvmosaic.codecs.rotated import Rotated
+from kvmosaic.codecs.sketched import Sketched
+from kvmosaic.codecs.split import Split
 from kvmosaic.codecs.uniform import Uniform
 
-__all__ = ["Codec", "Coupled", "Exact", "Levels", "Packed", "Part", "Rotated", "Sphere", "Uniform", "sphere_levels"]
+__all__ = [
+    "Codec",
+    "Coupled",
+    "Exact",
+    "Levels",
+    "Packed",
+    "Part",
+    "Rotated",
+    "Sketched",
+    "Sphere",
+    "Split",
+    "Uniform",
+    "sphere_levels",
+]

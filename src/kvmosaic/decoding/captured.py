@@ -32,9 +32,9 @@ from transformers.generation import (
 
 from kvmosaic.hooks.attach import CACHE_ARGUMENTS, cache_in, unhooked
 from kvmosaic.hooks.cache import Cache
-from kvmosaic.hooks.layer import EXACT
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import size
+from kvmosaic.stores import EXACT
 
 WARM_UP = 3
 """Steps that run as they are before one is captured: libraries set themselves up, and compilation happens."""

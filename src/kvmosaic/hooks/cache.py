@@ -12,7 +12,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from kvmosaic.errors import BadCalibration, CacheInUse, CacheMismatch, RecipeConflict, UnsupportedModel
 from kvmosaic.hooks import models
-from kvmosaic.hooks.layer import EXACT, CacheLayer
+from kvmosaic.hooks.layer import CacheLayer
 from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
@@ -54,6 +54,11 @@ class Cache(TransformersCache):  # type: ignore[misc]
         full = [index for index, (kind, _) in enumerate(self._types) if kind == "full_attention"]
         _check_selection(recipe, full, len(self._types), models.head_size(model.config))
         self._rotary = Rotary(model) if _lanes(recipe, full, lambda lane: lane.pre_rope) else None
+        if recipe.projection is not None and _lanes(recipe, full, _by_channel):
+            raise RecipeConflict(
+                f"{recipe.name or 'the recipe'}: only a part of the rotated key channels is to be stored, and these tiers learned what "
+                "they know of all channels, or code them unrotated. Leave one of the two out"
+            )
         super().__init__(layers=self._empty_layers())
         self._context = models.context(model.config)
         self.head_size = models.head_size(model.config)
@@ -187,6 +192,11 @@ def _lanes(recipe: Recipe, layers: Sequence[int], asked: Callable[[Lane], bool])
     return [lane for tier in tiers for layer in layers for lane in tier.lanes(layer) if asked(lane)]
 
 
+def _by_channel(lane: Lane) -> bool:
+    """What it writes depends on which channel a number is of."""
+    return lane.pre_rope or bool(lane.codec.learned())
+
+
 def _check_selection(recipe: Recipe, full: Sequence[int], layers: int, channels: int) -> None:
     """full: the layers that attend to the whole context, of `layers`. channels: of a head.
 
@@ -194,7 +204,7 @@ def _check_selection(recipe: Recipe, full: Sequence[int], layers: int, channels:
     """
     if recipe.selection is None:
         return
-    name, tiers = recipe.name or "the recipe", recipe.tiers or (EXACT,)
+    name, tiers = recipe.name or "the recipe", recipe.stored_in
     needed = len(recipe.selection.expected(1, 0, layers))
     if needed != len(tiers):
         raise RecipeConflict(f"{name}: the selection gives tokens to {needed} tiers, and there are {len(tiers)}")

@@ -9,19 +9,16 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from kvmosaic.codecs import Exact
 from kvmosaic.errors import CacheMismatch, CannotRollBack, NotFinite, UnsupportedModel
 from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_sinks
 from kvmosaic.hooks.pending import Pending
 from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.kernels import step
 from kvmosaic.kernels.attention import Partial, dense, dense_mass
+from kvmosaic.projection import NO_KERNEL, Basis
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import DROP, WAIT, Evicting, Gathering, Step
-from kvmosaic.stores import Coded, CodedStore, EvictingStore, Lane, Store, Tier
-
-EXACT = Coded(Lane(Exact()), Lane(Exact()))
-"""The tier of tokens that a recipe leaves as they are."""
+from kvmosaic.stores import CodedStore, EvictingStore, Store, Tier
 
 ROLLBACK = 128
 """While past is recorded (assisted decoding), this many of the newest tokens at least can be taken back."""
@@ -39,6 +36,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen = 0
         self.stores: dict[str, Store] = {}
         self.pending: Pending | None = None
+        self.basis: Basis | None = None  # what is stored of keys, if the recipe has a projection
         self.record_past = False
         self.capacity: Tensor | None = None  # [B], tokens that a row may keep, if the selection goes on while decoding
         self.visual: Tensor | None = None  # of the step that is under way, [B, T]
@@ -77,7 +75,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def reset(self) -> None:
-        self.seen, self.stores, self.pending, self.is_initialized = 0, {}, None, False
+        self.seen, self.stores, self.pending, self.basis, self.is_initialized = 0, {}, None, None, False
         self.record_past, self.capacity, self.live, self.stepping = False, None, None, None
 
     def activate_past_recording(self) -> None:
@@ -132,6 +130,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query), position=self._position(query))
         if self.seen == 0:
             new = self._assigned(new, query, scale)
+            if self.recipe.projection is not None:
+                prompt = self._step(new, query, scale)
+                keep = prompt.valid[:, None] if new.tier is None else prompt.valid[:, None] & (new.tier != DROP)
+                self.basis = self.recipe.projection.basis(prompt, keep)
             if self.recipe.prefill is not None and new.tier is not None:
                 if softcap is not None or sinks is not None:
                     raise UnsupportedModel("a sparse prompt knows no caps on logits and no sinks; drop `prefill`")
@@ -156,7 +158,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             return "its selection goes on while decoding"
         if recipe.first:
             return "its first tokens have a store of their own"
-        tiers = [*(recipe.tiers or (EXACT,)), *([recipe.visual] if recipe.visual else [])]
+        if recipe.projection is not None:
+            return NO_KERNEL
+        tiers = [*recipe.stored_in, *([recipe.visual] if recipe.visual else [])]
         stores = [(tier.lanes(self.index), tier.affine_of(self.index)) for tier in tiers]
         return step.why_not(stores, channels, dtype, device)
 
@@ -169,7 +173,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.batch_size, self.num_heads, 0, self.head_sizes[0], dtype=self.dtype, device=self.device
         )
         if "tier 0" not in self.stores:
-            self.stores["tier 0"] = (self.recipe.tiers or (EXACT,))[0].open(self.index, empty, empty)
+            self.stores["tier 0"] = self.recipe.stored_in[0].open(self.index, empty, empty)
         stores: list[CodedStore] = []
         for name in sorted(self.stores, key=lambda name: name != "tier 0"):  # the first takes the new tokens
             store = self.stores[name]
@@ -309,7 +313,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             for picture in _pictures(tokens.visual) if self.recipe.visual_by_picture else (tokens.visual,):
                 self._put("visual", self.recipe.visual, tokens, _both(self._by_head(picture), keep))
             rest = _both(rest, self._by_head(~tokens.visual))
-        for index, settings in enumerate(self.recipe.tiers or (EXACT,)):
+        for index, settings in enumerate(self.recipe.stored_in):
             mine = None if tier is None else tier == index
             if tier is not None or index == 0:
                 self._put(f"tier {index}", settings, tokens, _both(rest, mine))
@@ -322,8 +326,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             return valid
         come = torch.ones(tokens.keys.shape[:3], dtype=torch.int64, device=held.device) if valid is None else valid
         early = held[..., None] + come.cumsum(2) <= first
-        exact = Lane(Exact(), window=first)  # never encoded: room for as many tokens as there are
-        self._put("first", Coded(exact, exact), tokens, _both(valid, early))
+        self._put("first", self.recipe.first_in, tokens, _both(valid, early))
         return _both(valid, ~early)
 
     def _put(self, name: str, tier: Tier, tokens: Pending, keep: Tensor | None) -> None:
@@ -331,18 +334,19 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         store = self.stores.get(name)
         if store is None:
-            store = self.stores[name] = tier.open(self.index, tokens.keys, tokens.values, self.rotary)
+            store = tier.open(self.index, tokens.keys, tokens.values, self.basis, self.rotary)
         assert isinstance(store, CodedStore), "a layer that does not evict has coded stores"
         with self._naming_the_layer():
             store.put(tokens.keys, tokens.values, keep, None if tokens.position is None else tokens.position.mT)
+        self.stores[name] = store  # after what may be refused: a first prompt that is tried again chooses a basis anew
 
     def _put_and_evict(self, selection: Evicting, tokens: Pending, keep: Tensor | None) -> None:
         assert tokens.score is not None, "a token of a layer that evicts has a score"
         store = self.stores.get("tier 0")
         if store is None:
-            tier = (self.recipe.tiers or (EXACT,))[0]
-            store = EvictingStore(tier.open(self.index, tokens.keys, tokens.values, self.rotary))
-            self.stores["tier 0"], store.capacity = store, self.capacity
+            tier = self.recipe.stored_in[0]
+            store = EvictingStore(tier.open(self.index, tokens.keys, tokens.values, self.basis, self.rotary))
+            store.capacity = self.capacity
         assert isinstance(store, EvictingStore), "a layer that evicts has one kind of store"
         if keep is None:
             keep = torch.ones_like(tokens.score, dtype=torch.bool)
@@ -350,6 +354,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         with self._naming_the_layer():
             position = None if tokens.position is None else tokens.position.mT
             store.put(tokens.keys, tokens.values, valid, keep, tokens.score, position)
+        self.stores["tier 0"] = store
         store.evict(selection.rank)
 
     @contextmanager
@@ -405,12 +410,16 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             store.map(change)
         if self.pending is not None:
             self.pending = self.pending.map(change)
+        if self.basis is not None:
+            self.basis = self.basis.map(change)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(name, kind, tensor) of everything held."""
         for name, store in self.stores.items():
             for part, kind, tensor in store.tensors():
                 yield f"{name}.{part}", kind, tensor
+        if self.basis is not None:
+            yield from ((name, "metadata", tensor) for name, tensor in self.basis.tensors())
         if self.pending is not None:
             for name in ("keys", "values", "visual", "valid", "tier", "score", "asked", "position"):
                 tensor = getattr(self.pending, name)

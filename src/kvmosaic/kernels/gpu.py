@@ -81,7 +81,7 @@ class Form:
             **{name: f"{getattr(self, name):.9e}f" for name in ("step", "zero", "unit")},
             "levels": ",".join(f"{word}u" for word in self.levels),
         }
-        del values["rotation"]
+        values["rotated"] = int(values.pop("rotation") is not None)
         return {f"{role[:-1]}_{name}".upper(): str(value) for name, value in values.items()}
 
 

@@ -122,3 +122,25 @@ struct Fresh {           // tokens of the step itself, [batch][heads][count][cha
   i64 key_strides[3], value_strides[3];
   int count;
 };
+
+constexpr bool HADAMARD = HEAD >= 32 && (HEAD & (HEAD - 1)) == 0;  // rotations of these sizes are signed Hadamard matrices
+
+// of a warp: x @ H, where a lane holds channels lane, lane + 32, ... and H has entries 1 and -1 (not normalized)
+DEVICE void hadamard(float (&x)[padded(HEAD) / 32]) {
+  const int lane = threadIdx.x & 31;
+#pragma unroll
+  for (int far = 1; far < 32; far *= 2)
+#pragma unroll
+    for (int k = 0; k < padded(HEAD) / 32; k++) {
+      const float other = shuffle_xor(x[k], far);
+      x[k] = lane & far ? other - x[k] : x[k] + other;
+    }
+#pragma unroll
+  for (int far = 1; far < padded(HEAD) / 32; far *= 2)
+#pragma unroll
+    for (int k = 0; k < padded(HEAD) / 32; k++)
+      if (!(k & far)) {
+        const float a = x[k], b = x[k + far];
+        x[k] = a + b, x[k + far] = a - b;
+      }
+}

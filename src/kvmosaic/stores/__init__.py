@@ -1,7 +1,7 @@
 """Where encoded tokens lie, and how a query reads them."""
 
-from kvmosaic.stores.coded import Coded, CodedStore, PerLayer, Store, Tier
+from kvmosaic.stores.coded import EXACT, Coded, CodedStore, PerLayer, Store, Tier
 from kvmosaic.stores.evicting import EvictingStore
 from kvmosaic.stores.lane import Lane, LaneBytes
 
-__all__ = ["Coded", "CodedStore", "EvictingStore", "Lane", "LaneBytes", "PerLayer", "Store", "Tier"]
+__all__ = ["EXACT", "Coded", "CodedStore", "EvictingStore", "Lane", "LaneBytes", "PerLayer", "Store", "Tier"]

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from kvmosaic.codecs import Exact
 from kvmosaic.errors import BadCalibration
 from kvmosaic.kernels import attention
 from kvmosaic.kernels.attention import Affine, Partial
+from kvmosaic.projection import Basis
 from kvmosaic.stores.lane import Lane, LaneBytes
 
 if TYPE_CHECKING:
@@ -36,8 +38,16 @@ class Store(Protocol):
 class Tier(Protocol):
     """Settings of a store; frozen, shared between layers."""
 
-    def open(self, layer: int, keys: Tensor, values: Tensor, rotary: "Rotary | None" = None) -> "CodedStore":
-        """An empty store for tensors like these. rotary: the model's rotation, for lanes of pre-RoPE keys."""
+    def open(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        basis: Basis | None = None,
+        rotary: "Rotary | None" = None,
+    ) -> "CodedStore":
+        """Empty, for tokens like these. basis: what is encoded of keys; None = all of them. rotary: the model's rotation, for
+        lanes of pre-RoPE keys."""
         ...
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
@@ -61,14 +71,25 @@ class Coded:
         if self.values.pre_rope:
             raise ValueError("pre_rope is for keys: values have no rotary positions")
 
-    def open(self, layer: int, keys: Tensor, values: Tensor, rotary: "Rotary | None" = None) -> "CodedStore":
-        return CodedStore(self, keys, values, rotary)
+    def open(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        basis: Basis | None = None,
+        rotary: "Rotary | None" = None,
+    ) -> "CodedStore":
+        return CodedStore(self, keys, values, basis, rotary)
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
         return self.keys, self.values
 
     def affine_of(self, layer: int) -> Affine | None:
         return self.affine
+
+
+EXACT = Coded(Lane(Exact()), Lane(Exact()))
+"""The tier of tokens that are left as they are."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +103,15 @@ class PerLayer:
         """By layer. Layers between that have none keep a cache of their own (sliding windows), and are never asked."""
         return PerLayer(tuple(tiers.get(layer, tiers[max(tiers)]) for layer in range(max(tiers) + 1)))
 
-    def open(self, layer: int, keys: Tensor, values: Tensor, rotary: "Rotary | None" = None) -> "CodedStore":
-        return self._of(layer).open(layer, keys, values, rotary)
+    def open(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        basis: Basis | None = None,
+        rotary: "Rotary | None" = None,
+    ) -> "CodedStore":
+        return self._of(layer).open(layer, keys, values, basis, rotary)
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
         return self._of(layer).lanes(layer)
@@ -103,9 +131,17 @@ class CodedStore:
     Rows may differ in length: a token that a row does not keep (padding, another tier's) has no slot in it.
     """
 
-    def __init__(self, tier: Coded, keys: Tensor, values: Tensor, rotary: "Rotary | None" = None) -> None:
+    def __init__(
+        self,
+        tier: Coded,
+        keys: Tensor,
+        values: Tensor,
+        basis: Basis | None = None,
+        rotary: "Rotary | None" = None,
+    ) -> None:
         self.tier = tier
-        self.keys, self.values = LaneBytes(tier.keys, "keys", keys, rotary), LaneBytes(tier.values, "values", values)
+        self.keys = LaneBytes(tier.keys, "keys", keys, basis, rotary)
+        self.values = LaneBytes(tier.values, "values", values)
         self.length = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
 
     def put(self, keys: Tensor, values: Tensor, keep: Tensor | None, position: Tensor | None = None) -> None:

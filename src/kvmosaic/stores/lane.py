@@ -19,6 +19,7 @@ from kvmosaic.codecs import Codec, Packed
 from kvmosaic.errors import NotFinite
 from kvmosaic.kernels import encode
 from kvmosaic.kernels.layout import BLOCK, Role, bytes_per_block, layout_of, pack, unpack
+from kvmosaic.projection import Basis
 
 if TYPE_CHECKING:
     from kvmosaic.hooks.rotary import Rotary
@@ -70,13 +71,16 @@ class LaneBytes:
     starts: [B, H, runs] int64, first slot of each run that was encoded together, if the codec has parts once a run.
     position: [B, 1 or H, slots, ids] int32, the rotary positions of each slot's token, for keys that are encoded without;
         one for all heads as long as they hold the same tokens. `rotary` turns them.
+    basis: what is encoded of the D channels of each token; None = all. The ring holds whole tokens.
     """
 
-    def __init__(self, lane: Lane, role: Role, like: Tensor, rotary: Rotary | None = None) -> None:
+    def __init__(
+        self, lane: Lane, role: Role, like: Tensor, basis: Basis | None = None, rotary: Rotary | None = None
+    ) -> None:
         batch, heads, _, self.channels = like.shape
         self.lane = replace(lane, codec=lane.codec.to(like.device))
-        self.role, self.layout = role, layout_of(like.device)
-        self.parts = lane.codec.parts(self.channels)
+        self.role, self.layout, self.basis = role, layout_of(like.device), basis
+        self.parts = lane.codec.parts(self.channels if basis is None else basis.size)
         self.by_run = any(part.every is None for part in self.parts.values())
         self.buffers: dict[str, Tensor] = {}
         for name, part in self.parts.items():
@@ -221,6 +225,9 @@ class LaneBytes:
         for name, tensor in self.lane.codec.learned().items():
             yield f"learned {name}", "learned", tensor
         yield "ring", "exact", self.ring
+        if self.basis is not None:
+            for name, tensor in self.basis.tensors():
+                yield name, "metadata", tensor
         yield "coded", "metadata", self.coded
         yield "starts", "metadata", self.starts
         yield "position", "metadata", self.position
@@ -230,6 +237,8 @@ class LaneBytes:
         self.buffers = {name: change(buffer) for name, buffer in self.buffers.items()}
         self.ring, self.coded, self.starts = change(self.ring), change(self.coded), change(self.starts)
         self.position = change(self.position)
+        if self.basis is not None:
+            self.basis = self.basis.map(change)
 
     def _oldest(self, x: Tensor, held: Tensor, most: int) -> Tensor:
         """[B, H, most, D]: the oldest exact tokens of each row, from the ring first and then from x."""
@@ -253,7 +262,9 @@ class LaneBytes:
             slot = slot.clamp_max(self.position.shape[2] - 1)  # past a short row's tokens: anything
             index = slot[..., None].expand(-1, -1, -1, self.rotary.ids)
             x = self.rotary.unrotate(x, self.position.gather(2, index))
-        if not encode.write(self, x, count):
+        if self.basis is not None:  # no kernel writes fewer channels than come
+            self._write_by_codec(self.basis.shrink(x), count, last)
+        elif not encode.write(self, x, count):
             self._write_by_codec(x, count, last)
         if self.by_run:
             self.starts = torch.cat([self.starts, self.coded[..., None]], 2)

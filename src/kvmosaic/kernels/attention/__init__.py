@@ -28,8 +28,8 @@ def attend(
     fresh: tuple[Tensor, Tensor] | None = None,
 ) -> Partial:
     """As `reference.attend`, by the fastest kernel that serves these lanes on their device."""
-    kernels = {"cpu": cpu, "cuda": cuda}.get(query.device.type)
-    if keys.rotary is not None:  # keys that are rotated as they are read
-        kernels = None
+    # no kernel reads keys that are narrower than the query, or rotated as they are read
+    served = keys.basis is None and keys.rotary is None
+    kernels = {"cpu": cpu, "cuda": cuda}.get(query.device.type) if served else None
     part = kernels and kernels.attend(keys, values, length, query, scale, softcap, affine, fresh)
     return part or reference.attend(keys, values, length, query, scale, softcap, affine, fresh)

@@ -14,7 +14,7 @@ struct Joined {
   u16* numbers;        // [batch][query heads][channels] in the model's type
   i64* length;         // [rows], to be one more
   const int* live;     // 0: the step is one too many, and lengths stay; null, and no lengths are told
-  const float* unrotate[MOST_STORES];  // [channels][channels], for the codes of a store; null = as they are
+  const float* unrotate[MOST_STORES];  // [channels][channels], the rotation of a store's codes; null = as they are
   int first[MOST_STORES + 1];          // part that each store begins with, and how many there are
   int tails[MOST_STORES];              // 1: the store's last part is of exact tokens
   int stores, count;
@@ -64,11 +64,24 @@ KERNEL(THREADS, 8) combine(const Joined w) {
     }
     if (unrotate != nullptr) {
       barrier();
+      if (HADAMARD && thread < 32) {
+        float x[padded(HEAD) / 32];
+#pragma unroll
+        for (int k = 0; k < padded(HEAD) / 32; k++) x[k] = rotated[thread + 32 * k];
+        hadamard(x);
+#pragma unroll
+        for (int k = 0; k < padded(HEAD) / 32; k++) rotated[thread + 32 * k] = x[k];
+      }
+      barrier();
 #pragma unroll
       for (int i = 0; i < PER_THREAD; i++) {
         const int d = thread + i * THREADS;
-        if (d < HEAD)
-          for (int k = 0; k < HEAD; k++) out[i] += rotated[k] * unrotate[k * HEAD + d];
+        if (d >= HEAD) continue;
+        if (HADAMARD) {
+          out[i] += rotated[d] * unrotate[d * HEAD];
+        } else {
+          for (int k = 0; k < HEAD; k++) out[i] += rotated[k] * unrotate[d * HEAD + k];
+        }
       }
       barrier();
     }

@@ -36,7 +36,8 @@ constexpr float MOST = 32512.f;                 // 127 * 256: the largest that t
 struct Query {
   const float* rows;     // [rows][count][channels]; or null, and then
   const u16* numbers;    // [batch][query heads][channels] of one step, with these strides
-  const float* rotated;  // [rows][count][channels], what the codes see, where they are of rotated numbers
+  const float* rotated;  // [rows][count][channels], what the codes see, where they are of rotated numbers; or null, and
+  const float* rotate;   // [channels][channels], the matrix: its first column has the signs of a Hadamard rotation
   i64 batch_stride, head_stride;
   int count;             // queries of a KV head
 };
@@ -527,8 +528,10 @@ DEVICE void for_each_chunk(Warp& warp, const Work& w, i64 row, Visit visit, Next
   }
 }
 
-DEVICE void load_query(const Work& w, i64 row, const float* from, float* shared) {
+// the queries, scaled, into shared memory; `rotated`: as the codes see them
+DEVICE void load_query(const Work& w, i64 row, bool rotated, float* shared) {
   const int first = blockIdx.z * ROWS;
+  const float* from = rotated && !HADAMARD ? w.query.rotated : w.query.rows;
   for (int x = threadIdx.x; x < ROWS * DP; x += 32 * WARPS) {
     const int q = x / DP, d = x % DP;
     float y = 0.f;
@@ -543,6 +546,20 @@ DEVICE void load_query(const Work& w, i64 row, const float* from, float* shared)
     shared[q * QS + d] = y * w.scale;
   }
   barrier();
+  if constexpr (ROTATED && HADAMARD) {
+    if (rotated) {
+      const int lane = threadIdx.x & 31;
+      for (int q = threadIdx.x >> 5; q < ROWS; q += WARPS) {
+        float x[CHUNKS32];
+#pragma unroll
+        for (int k = 0; k < CHUNKS32; k++) x[k] = shared[q * QS + lane + 32 * k] * w.query.rotate[(lane + 32 * k) * HEAD];
+        hadamard(x);
+#pragma unroll
+        for (int k = 0; k < CHUNKS32; k++) shared[q * QS + lane + 32 * k] = x[k];
+      }
+      barrier();
+    }
+  }
 }
 
 // the map of calibrated logits: x -> (x - least) * slope + least - affine_low, for the heads that this lane holds
@@ -740,7 +757,7 @@ KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
   SHARED float query[ROWS * QS], sums[WARPS][ROWS], mosts[WARPS][ROWS], outs[WARPS][ROWS][HEAD];
   const i64 row = blockIdx.y;
   const bool codes = CODED && (!ROTATED || blockIdx.x < w.splits);
-  load_query(w, row, ROTATED && codes ? w.query.rotated : w.query.rows, query);
+  load_query(w, row, ROTATED && codes, query);
   Warp warp;
   warp.begin(query);
   const bool exact = !CODED || w.store.values.ring || w.fresh.count;  // values wait at least as long as keys
@@ -786,7 +803,7 @@ KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
 KERNEL(32 * WARPS, BLOCKS) ranges(const Work w) {
   SHARED float query[ROWS * QS], leasts[WARPS][ROWS], greatests[WARPS][ROWS];
   const i64 row = blockIdx.y;
-  load_query(w, row, ROTATED ? w.query.rotated : w.query.rows, query);
+  load_query(w, row, ROTATED, query);
   Warp warp;
   warp.begin(query);
   float least[TILES], greatest[TILES];

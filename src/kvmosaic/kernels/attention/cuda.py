@@ -6,7 +6,6 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -41,7 +40,7 @@ class Source(NamedTuple):
 
 class _Query(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("rows", "numbers", "rotated")),
+        *((name, ctypes.c_void_p) for name in ("rows", "numbers", "rotated", "rotate")),
         *((name, ctypes.c_int64) for name in ("batch_stride", "head_stride")),
         ("count", ctypes.c_int32),
     ]
@@ -190,11 +189,12 @@ def attend_all(
             work.query.numbers = query.data_ptr()
             work.query.batch_stride, work.query.head_stride = query.stride()[:2]
         if plan.keys.rotation is not None:
-            matrix = rotation(channels, plan.keys.rotation, device)
-            plain = query.float().view(batch, heads, count, channels) if rows is None else rows
-            back = _transposed(channels, plan.keys.rotation, device)
-            held += [turned := plain @ matrix, back]
-            work.query.rotated, joined.unrotate[index] = turned.data_ptr(), back.data_ptr()
+            held.append(matrix := rotation(channels, plan.keys.rotation, device))
+            work.query.rotate = joined.unrotate[index] = matrix.data_ptr()
+            if channels & (channels - 1):  # no Hadamard matrix, whose product the kernel does by itself
+                plain = query.float().view(batch, heads, count, channels) if rows is None else rows
+                held.append(turned := plain @ matrix)
+                work.query.rotated = turned.data_ptr()
         if index == 0 and fresh is not None:
             work.fresh = gpu.fresh(*fresh)
         work.out, work.most, work.sum = (x[starts[index]].data_ptr() for x in (out, numbers[0], numbers[1]))
@@ -217,11 +217,6 @@ def attend_all(
 
 def _ints(values: list[int], size: int) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * size)(*values)
-
-
-@lru_cache(maxsize=32)
-def _transposed(channels: int, seed: int, device: torch.device) -> Tensor:
-    return rotation(channels, seed, device).mT.contiguous()
 
 
 def _plan(source: Source, count: int, softcap: float | None) -> _Plan:

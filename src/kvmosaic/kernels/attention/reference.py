@@ -108,7 +108,10 @@ def _valid_logits(
 def _logits(lane: LaneBytes, query: Tensor, slot: Tensor) -> Tensor:
     """[B, H, M, S]: encoded slots by the codec, the others from the ring."""
     coded = int(lane.coded.max())
-    behind = [_by_run(lane, _rotating(lane, start, coded), query, start, coded) for start in range(0, coded, lane.step)]
+    shrunk = query if lane.basis is None else lane.basis.shrink(query)
+    behind = [
+        _by_run(lane, _rotating(lane, start, coded), shrunk, start, coded) for start in range(0, coded, lane.step)
+    ]
     logits = torch.cat([*behind, query.new_zeros(*query.shape[:3], len(slot) - coded)], -1)
     if lane.lane.ring:
         ring = query @ lane.ring.float().mT

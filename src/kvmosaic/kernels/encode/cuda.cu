@@ -15,7 +15,7 @@ constexpr int DP = padded(HEAD), CHUNKS32 = DP / 32, GROUPS16 = DP / 16;
     static constexpr bool keys = SIDE##_IS_KEYS;                                                                     \
     static constexpr int form = SIDE##_FORM, bits = SIDE##_BITS, group = SIDE##_GROUP, groups = SIDE##_GROUPS,       \
                          fit = SIDE##_FIT;                                                                           \
-    static constexpr bool factor = SIDE##_FACTOR;                                                                    \
+    static constexpr bool factor = SIDE##_FACTOR, rotated = SIDE##_ROTATED;                                          \
     static constexpr float unit = SIDE##_UNIT;                                                                       \
     static DEVICE_MEMBER float level(int code) {                                                                     \
       const u32 levels[4] = {SIDE##_LEVELS};                                                                         \
@@ -115,87 +115,104 @@ template <class Form, class At>
 DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int begin, int end, int run, At at) {
   SHARED float plain[WARPS][DP];
   const int lane = threadIdx.x & 31, index = threadIdx.x >> 5;
-  for (int first = begin; first < end; first += WARPS) {
-    const int slot = first + index;
-    const bool real = slot < end;  // all warps go round alike
-    float x[CHUNKS32];
+  constexpr int together = 4;  // tokens that a warp loads at a time
+  for (int first = begin; first < end; first += WARPS * together) {
+    float all[together][CHUNKS32];
 #pragma unroll
-    for (int k = 0; k < CHUNKS32; k++) {
-      const int d = lane + 32 * k;
-      x[k] = real && d < HEAD ? number_to_float(at(slot)[d]) : 0.f;
-      if (Form::factor && d < HEAD)
-        x[k] = __fdiv_rn(x[k], half_to_float(side.channel[(row * side.runs + run) * HEAD + d]));
-    }
-    if (side.rotate != nullptr) {
-#pragma unroll
-      for (int k = 0; k < CHUNKS32; k++) plain[index][lane + 32 * k] = x[k], x[k] = 0.f;
-      barrier();
-      for (int from = 0; from < HEAD; from++)
-#pragma unroll
-        for (int k = 0; k < CHUNKS32; k++)
-          if (lane + 32 * k < HEAD) x[k] += plain[index][from] * side.rotate[from * HEAD + lane + 32 * k];
-      barrier();
-    }
-    u8 code[CHUNKS32];
-    if constexpr (Form::fit != UNIFORM) {
-      float square = 0.f;
-#pragma unroll
-      for (int k = 0; k < CHUNKS32; k++) square += x[k] * x[k];
-      const float length = sqrtf(warp_sum(square)), norm = length * Form::unit;
-      float along = 0.f, coarse = 0.f;
+    for (int i = 0; i < together; i++)
 #pragma unroll
       for (int k = 0; k < CHUNKS32; k++) {
-        const float y = __fdiv_rn(x[k], norm > 0.f ? norm : 1.f);
-        int c = 0;
-#pragma unroll
-        for (int edge = 0; edge + 1 < 1 << Form::bits; edge++)
-          c += y > (Form::level(edge) + Form::level(edge + 1)) / 2.f;
-        code[k] = (u8)c;
-        if (lane + 32 * k < HEAD) along += Form::level(c) * x[k], coarse += Form::level(c) * Form::level(c);
-      }
-      along = warp_sum(along), coarse = warp_sum(coarse);
-      const float scale = Form::fit == NORM       ? norm
-                          : Form::fit == MATCHED  ? __fdiv_rn(length, sqrtf(coarse))
-                          : Form::fit == UNBIASED ? __fdiv_rn(length * length, fmaxf(along, 1e-30f))
-                                                  : __fdiv_rn(along, coarse);
-      if (real && lane == 0) side.scale[row * side.entry_stride + slot] = float_to_half(scale);
-    } else {
-      // least and greatest of every 16 channels, then of every group of them
-      float least[GROUPS16], greatest[GROUPS16];
-#pragma unroll
-      for (int k = 0; k < CHUNKS32; k++) {
-        float low = lane + 32 * k < HEAD ? x[k] : infinity(), high = lane + 32 * k < HEAD ? x[k] : -infinity();
-#pragma unroll
-        for (int far = 8; far; far /= 2)
-          low = fminf(low, shuffle_xor(low, far)), high = fmaxf(high, shuffle_xor(high, far));
-        const float other_low = shuffle_xor(low, 16), other_high = shuffle_xor(high, 16);
-        least[2 * k] = lane < 16 ? low : other_low, least[2 * k + 1] = lane < 16 ? other_low : low;
-        greatest[2 * k] = lane < 16 ? high : other_high, greatest[2 * k + 1] = lane < 16 ? other_high : high;
-      }
-      constexpr int per = HEAD / Form::groups / 16;
-      u16 low16[Form::groups], scale16[Form::groups];
-#pragma unroll
-      for (int g = 0; g < Form::groups; g++) {
-        float low = infinity(), high = -infinity();
-#pragma unroll
-        for (int x16 = g * per; x16 < (g + 1) * per; x16++)
-          low = fminf(low, least[x16]), high = fmaxf(high, greatest[x16]);
-        fit_range(side, head, low, high, Form::bits, low16[g], scale16[g]);
-        const i64 entry = row * side.entry_stride + (i64)slot * Form::groups + g;
-        if (real && lane == 0) side.low[entry] = low16[g], side.scale[entry] = scale16[g];
+        const int slot = first + i * WARPS + index, d = lane + 32 * k;
+        all[i][k] = slot < end && d < HEAD ? number_to_float(at(slot)[d]) : 0.f;
       }
 #pragma unroll
-      for (int k = 0; k < CHUNKS32; k++) {
-        u16 low = low16[0], scale = scale16[0];
+    for (int i = 0; i < together; i++) {
+      const int slot = first + i * WARPS + index;
+      if (first + i * WARPS >= end) break;  // all warps go round alike
+      const bool real = slot < end;
+      float(&x)[CHUNKS32] = all[i];
+      if constexpr (Form::factor) {
 #pragma unroll
-        for (int g = 1; g < Form::groups; g++)
-          if ((2 * k + lane / 16) / per == g) low = low16[g], scale = scale16[g];
-        code[k] = quantize(x[k], half_to_float(low), half_to_float(scale), Form::bits);
+        for (int k = 0; k < CHUNKS32; k++) {
+          const int d = lane + 32 * k;
+          if (d < HEAD) x[k] = __fdiv_rn(x[k], half_to_float(side.channel[(row * side.runs + run) * HEAD + d]));
+        }
       }
+      if (HADAMARD && Form::rotated) {
+#pragma unroll
+        for (int k = 0; k < CHUNKS32; k++) x[k] *= side.rotate[(lane + 32 * k) * HEAD];
+        hadamard(x);
+      } else if (Form::rotated) {
+#pragma unroll
+        for (int k = 0; k < CHUNKS32; k++) plain[index][lane + 32 * k] = x[k], x[k] = 0.f;
+        barrier();
+        for (int from = 0; from < HEAD; from++)
+#pragma unroll
+          for (int k = 0; k < CHUNKS32; k++)
+            if (lane + 32 * k < HEAD) x[k] += plain[index][from] * side.rotate[from * HEAD + lane + 32 * k];
+        barrier();
+      }
+      u8 code[CHUNKS32];
+      if constexpr (Form::fit != UNIFORM) {
+        float square = 0.f;
+#pragma unroll
+        for (int k = 0; k < CHUNKS32; k++) square += x[k] * x[k];
+        const float length = sqrtf(warp_sum(square)), norm = length * Form::unit;
+        float along = 0.f, coarse = 0.f;
+#pragma unroll
+        for (int k = 0; k < CHUNKS32; k++) {
+          const float y = __fdiv_rn(x[k], norm > 0.f ? norm : 1.f);
+          int c = 0;
+#pragma unroll
+          for (int edge = 0; edge + 1 < 1 << Form::bits; edge++)
+            c += y > (Form::level(edge) + Form::level(edge + 1)) / 2.f;
+          code[k] = (u8)c;
+          if (lane + 32 * k < HEAD) along += Form::level(c) * x[k], coarse += Form::level(c) * Form::level(c);
+        }
+        along = warp_sum(along), coarse = warp_sum(coarse);
+        const float scale = Form::fit == NORM       ? norm
+                            : Form::fit == MATCHED  ? __fdiv_rn(length, sqrtf(coarse))
+                            : Form::fit == UNBIASED ? __fdiv_rn(length * length, fmaxf(along, 1e-30f))
+                                                    : __fdiv_rn(along, coarse);
+        if (real && lane == 0) side.scale[row * side.entry_stride + slot] = float_to_half(scale);
+      } else {
+        // least and greatest of every 16 channels, then of every group of them
+        float least[GROUPS16], greatest[GROUPS16];
+#pragma unroll
+        for (int k = 0; k < CHUNKS32; k++) {
+          float low = lane + 32 * k < HEAD ? x[k] : infinity(), high = lane + 32 * k < HEAD ? x[k] : -infinity();
+#pragma unroll
+          for (int far = 8; far; far /= 2)
+            low = fminf(low, shuffle_xor(low, far)), high = fmaxf(high, shuffle_xor(high, far));
+          const float other_low = shuffle_xor(low, 16), other_high = shuffle_xor(high, 16);
+          least[2 * k] = lane < 16 ? low : other_low, least[2 * k + 1] = lane < 16 ? other_low : low;
+          greatest[2 * k] = lane < 16 ? high : other_high, greatest[2 * k + 1] = lane < 16 ? other_high : high;
+        }
+        constexpr int per = HEAD / Form::groups / 16;
+        u16 low16[Form::groups], scale16[Form::groups];
+#pragma unroll
+        for (int g = 0; g < Form::groups; g++) {
+          float low = infinity(), high = -infinity();
+#pragma unroll
+          for (int x16 = g * per; x16 < (g + 1) * per; x16++)
+            low = fminf(low, least[x16]), high = fmaxf(high, greatest[x16]);
+          fit_range(side, head, low, high, Form::bits, low16[g], scale16[g]);
+          const i64 entry = row * side.entry_stride + (i64)slot * Form::groups + g;
+          if (real && lane == 0) side.low[entry] = low16[g], side.scale[entry] = scale16[g];
+        }
+#pragma unroll
+        for (int k = 0; k < CHUNKS32; k++) {
+          u16 low = low16[0], scale = scale16[0];
+#pragma unroll
+          for (int g = 1; g < Form::groups; g++)
+            if ((2 * k + lane / 16) / per == g) low = low16[g], scale = scale16[g];
+          code[k] = quantize(x[k], half_to_float(low), half_to_float(scale), Form::bits);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < CHUNKS32; k++)
+        if (real && lane + 32 * k < HEAD) codes[slot - block * BLOCK][lane + 32 * k] = code[k];
     }
-#pragma unroll
-    for (int k = 0; k < CHUNKS32; k++)
-      if (real && lane + 32 * k < HEAD) codes[slot - block * BLOCK][lane + 32 * k] = code[k];
   }
 }
 
@@ -268,8 +285,8 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
 #if APPENDS
 KERNEL(THREADS, 4) append(const Append w) {
   const i64 row = blockIdx.x, batch = row / w.heads, head = row % w.heads;
-  if (*w.live == 0) return;
-  const int slot = (int)w.length[row] - 1;
+  const int live = *w.live, slot = (int)w.length[row] - 1;
+  if (!live) return;
   if (blockIdx.y == 0)
     append_to<Keys>(w.keys, row, (int)head, slot, w.fresh.keys + batch * w.fresh.key_strides[0] + head * w.fresh.key_strides[1]);
   else
@@ -277,7 +294,7 @@ KERNEL(THREADS, 4) append(const Append w) {
                       w.fresh.values + batch * w.fresh.value_strides[0] + head * w.fresh.value_strides[1]);
 }
 #else
-KERNEL(THREADS, 4) encode(const Writing w) {
+KERNEL(THREADS, 8) encode(const Writing w) {
   const i64 row = blockIdx.x;
   const int head = (int)(row % w.heads), coded = (int)w.side.coded[row], all = coded + (int)w.count[row];
   const int block = coded / BLOCK + blockIdx.y;

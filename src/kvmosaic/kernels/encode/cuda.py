@@ -71,16 +71,17 @@ def _write_run(lane: LaneBytes, x: Tensor, count: Tensor) -> None:
     """The parameters that the whole run shares, as the codec has them."""
     codec = lane.lane.codec
     assert isinstance(codec, Uniform), "only uniform codecs have parameters of runs"
-    outside = torch.arange(x.shape[2], device=x.device) >= count[..., None]
-    outside = outside[..., None]
+    outside = None  # what is not a row's
+    if not bool((count == x.shape[2]).all()):
+        outside = (torch.arange(x.shape[2], device=x.device) >= count[..., None])[..., None]
     if codec.equalize:
-        channel = x.abs().masked_fill(outside, 0).amax(2, keepdim=True).float().sqrt()
+        channel = (x if outside is None else x.masked_fill(outside, 0)).abs().amax(2, keepdim=True).float().sqrt()
         new = {"channel": torch.where(channel > 0, channel, 1.0).to(torch.float16)}
     else:
-        low = x.masked_fill(outside, torch.inf).amin(2).float()
-        high = x.masked_fill(outside, -torch.inf).amax(2).float()
-        empty = (count == 0)[..., None]
-        low, scale = codec.fit(low.masked_fill(empty, 0)[:, :, None], high.masked_fill(empty, 0)[:, :, None])
+        low, high = (x, x) if outside is None else (x.masked_fill(outside, end) for end in (torch.inf, -torch.inf))
+        low, high = low.amin(2, keepdim=True).float(), high.amax(2, keepdim=True).float()
+        empty = (count == 0)[..., None, None]
+        low, scale = codec.fit(low.masked_fill(empty, 0), high.masked_fill(empty, 0))
         new = {"low": low, "scale": scale}
     for name, entry in new.items():
         lane.buffers[name] = torch.cat([lane.buffers[name], entry], 2)
