@@ -8,7 +8,9 @@ import torch
 import kvmosaic
 from kvmosaic import methods, plan
 from kvmosaic.errors import BadCheckpoint, UnsupportedModel
-from tests import models
+from kvmosaic.recipe import Recipe
+from tests import learned, models
+from tests.instances import LEARNED
 
 RECIPES = [
     "exact",
@@ -50,6 +52,20 @@ def test_planned_bytes_are_held(recipe: str, tokens: int) -> None:
     shape = plan.Shape.of(model.config, itemsize=4)
     ids = torch.randint(3, 150, (1, tokens))
     assert plan.cache_bytes(shape, methods.parse(recipe), tokens) == held(model, recipe, {"input_ids": ids})
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40, 300])
+def test_first_tokens_and_what_was_learned_are_counted(tokens: int) -> None:
+    model = models.model("llama")
+    shape, ids = plan.Shape.of(model.config, itemsize=4), torch.randint(3, 150, (2, tokens))
+    for text in ("kivi bits=2 residual=32", *(learned.recipe("llama", text, "first=4") for text in LEARNED)):
+        recipe = methods.parse(text) | Recipe(first=4)
+        cache = kvmosaic.Cache(model, recipe)
+        with torch.inference_mode():
+            model(ids, past_key_values=cache)
+        learned_once = plan.learned_bytes(shape, recipe) if tokens > 4 else 0  # a tier that has no token has no store
+        assert 2 * plan.cache_bytes(shape, recipe, tokens) + learned_once == cache.report().total
+    assert learned_once == cache.report().learned
 
 
 @pytest.mark.parametrize("tokens", [5, 17, 60])

@@ -20,7 +20,6 @@ from kvmosaic.errors import UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.kernels.layout import BLOCK, bytes_per_block
 from kvmosaic.loading import read_config
-from kvmosaic.projection import Projection
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import Evicting
 from kvmosaic.stores import Lane, Tier
@@ -57,7 +56,8 @@ def count_parameters(config: Any) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's cache. itemsize: bytes of an exact number. kinds: (layer type, sliding window or 0) of each layer."""
+    """A model's cache. itemsize: bytes of an exact number. kinds: (layer type, sliding window or 0) of each layer.
+    ids: rotary positions of a token."""
 
     heads: int
     channels: int
@@ -65,6 +65,7 @@ class Shape:
     context: int | None
     takes_pictures: bool
     kinds: tuple[tuple[str, int], ...]
+    ids: int = 1
 
     @staticmethod
     def of(config: Any, itemsize: int = 2) -> Shape:
@@ -78,20 +79,32 @@ class Shape:
             )
         return Shape(
             heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            channels=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            channels=models.head_size(config),
             itemsize=itemsize,
             context=getattr(text, "max_position_embeddings", None),
             takes_pictures=bool(models.visual_ids(config)),
             kinds=kinds,
+            ids=3 if "mrope_section" in (getattr(text, "rope_parameters", None) or {}) else 1,
         )
 
 
+def learned_bytes(shape: Shape, recipe: Recipe) -> int:
+    """Of what calibration found and the codes are read with: once, however many sequences there are."""
+    tiers = [tier for tier in (*(recipe.tiers or ()), recipe.visual) if tier is not None]
+    layers = [layer for layer, (kind, _) in enumerate(shape.kinds) if kind == "full_attention"]
+    lanes = (lane for tier in tiers for layer in layers for lane in tier.lanes(layer))
+    tensors = {id(tensor): tensor for lane in lanes for tensor in lane.codec.learned().values()}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
 def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pictures: int = 1) -> int:
-    """Of one sequence of `tokens` tokens, `visual` of them visual in `pictures` runs, right after its prefill.
+    """Of one sequence of `tokens` tokens, `visual` of them visual in `pictures` runs, right after its prefill, without
+    `learned_bytes`.
 
     A sliding layer is counted as it is a step later: until then it holds on to the whole prompt.
     """
     total = 0
+    first = min(recipe.first or 0, tokens)
     for layer, (kind, window) in enumerate(shape.kinds):
         if kind != "full_attention" or recipe.is_exact:
             kept = tokens if kind == "full_attention" else min(tokens, window)
@@ -100,17 +113,20 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
         counts: tuple[int, ...] = (tokens,)
         if recipe.selection is not None:
             counts = recipe.selection.expected(tokens, layer, len(shape.kinds))
+        if first:  # taken to be kept by the selection, and not visual
+            total += _store_bytes(shape, recipe.first_in, recipe, layer, first, 1)
+            counts = (max(0, counts[0] - first), *counts[1:])
         # visual tokens are taken to be kept as often as others, and to go to no tier but theirs
         shown = visual if recipe.visual is not None else 0
         shown = round(shown * sum(counts) / tokens)
         if shown:
             assert recipe.visual is not None, "just checked"
             runs = pictures if recipe.visual_by_picture else 1
-            total += _store_bytes(shape, recipe.visual, recipe.projection, layer, shown, runs)
+            total += _store_bytes(shape, recipe.visual, recipe, layer, shown, runs)
         for tier, count in zip(recipe.stored_in, counts, strict=True):
             rest = round(count * (1 - shown / max(sum(counts), 1)))
             if rest:
-                total += _store_bytes(shape, tier, recipe.projection, layer, rest, 1)
+                total += _store_bytes(shape, tier, recipe, layer, rest, 1)
         if recipe.projection is not None:
             total += shape.heads * recipe.projection.nbytes(shape.channels)
         if isinstance(recipe.selection, Evicting):  # a place and a score for each slot, two counts for each sequence
@@ -118,11 +134,14 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
     return total
 
 
-def _store_bytes(shape: Shape, tier: Tier, projection: Projection | None, layer: int, tokens: int, runs: int) -> int:
+def _store_bytes(shape: Shape, tier: Tier, recipe: Recipe, layer: int, tokens: int, runs: int) -> int:
     keys, values = tier.lanes(layer)
-    stored = shape.channels if projection is None else projection.size(shape.channels)
+    stored = shape.channels if recipe.projection is None else recipe.projection.size(shape.channels)
     lanes = _lane_bytes(shape, keys, stored, tokens, runs) + _lane_bytes(shape, values, shape.channels, tokens, runs)
-    return shape.heads * (lanes + FLAG)
+    places = 0
+    if keys.pre_rope:  # with a selection, heads hold tokens of their own
+        places = -(-tokens // 32) * 32 * 4 * shape.ids * (1 if recipe.selection is None else shape.heads)
+    return shape.heads * (lanes + FLAG) + places
 
 
 def _lane_bytes(shape: Shape, lane: Lane, stored: int, tokens: int, runs: int) -> int:
@@ -133,7 +152,7 @@ def _lane_bytes(shape: Shape, lane: Lane, stored: int, tokens: int, runs: int) -
     for part in parts:
         if part.every is None:
             total += runs * part.width * part.bits // 8 if coded else 0
-        elif part.dtype is torch.uint8:
+        elif part.blocked:
             total += -(-coded // BLOCK) * bytes_per_block(part.width, part.bits)
         else:
             room = -(-coded // 32) * 32
@@ -163,16 +182,17 @@ def row(
     def sequence(tokens: int) -> int:
         return cache_bytes(shape, recipe, tokens, round(tokens * visual / context))
 
-    exact = cache_bytes(shape, Recipe(), context)
+    exact, learned = cache_bytes(shape, Recipe(), context), learned_bytes(shape, recipe)
+    total = batch * sequence(context) + learned
     columns: dict[str, Any] = {
         "method": recipe.name or "exact",
         "exact_bytes_per_token": exact / context,
-        "bytes_per_token": sequence(context) / context,
-        "compression": exact / sequence(context),
-        "cache_bytes": batch * sequence(context),
+        "bytes_per_token": total / batch / context,
+        "compression": batch * exact / total,
+        "cache_bytes": total,
     }
     if memory is not None:
-        room = memory - weights
+        room = memory - weights - learned
         columns["largest_batch"] = max(0, room // sequence(context))
         columns["longest_context"] = _most(lambda tokens: batch * sequence(tokens) <= room)
     return columns

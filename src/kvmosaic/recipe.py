@@ -8,6 +8,7 @@ the partial results are merged, exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from kvmosaic.codecs import Exact
 from kvmosaic.errors import RecipeConflict
@@ -25,6 +26,7 @@ class Recipe:
     selection: which tokens are kept, and in which tier; None = all, in the first.
     tiers: how tokens are kept, best tier first; None = exactly.
     prefill: how the attention of the first prompt is computed; None = exactly.
+    first: how many of a sequence's first tokens stay exact, whatever selection, tiers and `visual` say of them; None = 0.
     visual: how the tokens of pictures and video frames are kept, if otherwise than the rest.
     visual_by_picture: each unbroken run of visual tokens gets ranges of its own, where `visual` shares them over a run.
     fingerprint: of the one model that the recipe was calibrated for; None = any model.
@@ -35,10 +37,14 @@ class Recipe:
     selection: Selection | None = None
     tiers: tuple[Tier, ...] | None = None
     prefill: Prefill | None = None
+    first: int | None = None
     visual: Tier | None = None
     visual_by_picture: bool | None = None
     fingerprint: str | None = None
     name: str = field(default="", compare=False)
+
+    def __deepcopy__(self, memo: Any) -> Recipe:
+        return self  # frozen, and what it holds too: copies of a cache share the tables that were learned
 
     def __or__(self, other: Recipe) -> Recipe:
         """Both recipes in one, in either order. Raises RecipeConflict if both set an axis to different values."""
@@ -62,6 +68,12 @@ class Recipe:
         if self.tiers is not None or self.projection is None:
             return self.tiers or (EXACT,)
         return (replace(EXACT, keys=Lane(Exact(), window=self.projection.recent)),)
+
+    @property
+    def first_in(self) -> Tier:
+        """The tier of the first tokens, which are never encoded: room for as many as there are."""
+        lane = Lane(Exact(), window=self.first or 0)
+        return replace(EXACT, keys=lane, values=lane)
 
     @property
     def is_exact(self) -> bool:

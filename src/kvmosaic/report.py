@@ -8,24 +8,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvmosaic.hooks.cache import Cache
 
+KINDS = ("codes", "scales", "exact", "metadata", "learned")
+
 
 @dataclass(frozen=True)
 class Report:
     """Bytes resident, by what they hold, over all layers, and what an exact cache would hold for the same tokens.
 
     `exact_cache` is transformers' DynamicCache: every column of the batch, padding included, in the model's dtype.
+    `learned` is what calibration found and the codes are read with: the same for every sequence and cache of a model.
     """
 
     codes: int
     scales: int
     exact: int
     metadata: int
+    learned: int
     exact_cache: int
     tokens: int
 
     @staticmethod
     def of(cache: Cache) -> Report:
-        kinds = dict.fromkeys(("codes", "scales", "exact", "metadata"), 0)
+        kinds = dict.fromkeys(KINDS, 0)
         counted = set()
         for _, kind, tensor in cache.tensors():
             storage = tensor.untyped_storage()
@@ -45,7 +49,7 @@ class Report:
 
     @property
     def total(self) -> int:
-        return self.codes + self.scales + self.exact + self.metadata
+        return self.codes + self.scales + self.exact + self.metadata + self.learned
 
     @property
     def compression(self) -> float:
@@ -57,7 +61,7 @@ class Report:
         return asdict(self) | {"total": self.total, "compression": self.compression}
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size(getattr(self, name))}" for name in ("codes", "scales", "exact", "metadata"))
+        parts = ", ".join(f"{name} {size(getattr(self, name))}" for name in KINDS if name != "learned" or self.learned)
         exact = f"compression {self.compression:.2f}x, exact would be {size(self.exact_cache)}"
         return f"{size(self.total)} for {self.tokens} tokens ({parts}); {exact}"
 

@@ -160,6 +160,18 @@ def test_calibrate_writes_what_calibquant_reads(run: Run, tmp_path: Path, monkey
     assert recipe.fingerprint == found.fingerprint
 
 
+def test_calibrate_writes_what_cq_reads(run: Run, tmp_path: Path) -> None:
+    file, method = tmp_path / "cq.safetensors", "cq coupled=8 bits=4"
+    options = ("--data", "lines lines=10", "--sequences", 2, "--out", file, "--method", method)
+    rows = run("calibrate", "--model", "mosaic-lm", *options, "--json", "-").rows
+    assert [(row["layer"], row["from"]) for row in rows] == [(layer, "this run") for layer in range(8)]
+    found = load(file, method="cq", options={"coupled": 8, "bits": 4, "fisher": True})
+    assert sum(row["learned_bytes"] for row in rows) == sum(each.nbytes for each in found.tensors.values())
+    method = f"exact; {method} calibration={file}"
+    rows = run("eval", "--model", "mosaic-lm", "--tasks", "lines lines=4", "--methods", method, "--json", "-").rows
+    assert 1 < rows[1]["compression"] < 32
+
+
 def test_calibrate_takes_a_folder_of_pictures(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "CLIPS", (0.5,))
     monkeypatch.setattr(calibrate, "OFFSETS", (0.0,))

@@ -10,14 +10,18 @@ from torch import Tensor
 
 from kvmosaic import Cache, Recipe, methods
 from kvmosaic.errors import RecipeConflict
-from tests import models
-from tests.instances import BARE, EXACT_METHODS, TEXT, VISUAL
+from kvmosaic.report import KINDS
+from tests import learned, models
+from tests.instances import BARE, EXACT_METHODS, LEARNED, TEXT, VISUAL
 from tests.models import Row, generate, logits, prompt
 
 pytestmark = pytest.mark.usefixtures("references")
 
 CASES = [("llama", text) for text in TEXT] + [("internvl", text) for text in [*TEXT[:3], *VISUAL]]
-every_case = pytest.mark.parametrize(("kind", "text"), CASES)
+CASES += [("llama", learned.recipe("llama", text)) for text in LEARNED]
+CASES += [("internvl", learned.recipe("internvl", text)) for text in LEARNED[:3:2]]
+IDS = [f"{kind}-{text.partition(' calibration=')[0]}" for kind, text in CASES]  # files have other names in each process
+every_case = pytest.mark.parametrize(("kind", "text"), CASES, ids=IDS)
 PADDED = (Row(75, 1, 0), Row(58, 3, 1))
 
 
@@ -65,7 +69,7 @@ def test_nbytes_counts_every_stored_byte(kind: str, text: str) -> None:
     found = walk(cache, {})
     report = cache.report()
     assert sum(each.untyped_storage().nbytes() for each in found.values()) == cache.nbytes() == report.total
-    assert report.total == report.codes + report.scales + report.exact + report.metadata
+    assert report.total == sum(getattr(report, kind) for kind in KINDS)
     config = model.config.get_text_config()
     columns = prompt(kind, *PADDED)["input_ids"].shape[1] + 19
     assert report.tokens == columns
@@ -164,6 +168,16 @@ def test_a_window_over_the_length_changes_nothing() -> None:
     model, inputs = models.model("llama"), prompt("llama", *PADDED)
     cache = Cache(model, methods.kivi(bits=1, residual=512))
     assert torch.equal(generate(model, inputs, cache, 30), generate(models.stock("llama"), inputs, None, 30))
+    assert cache.report().codes == 0
+
+
+@pytest.mark.parametrize("option", ["window=300", "first=300"])
+@pytest.mark.parametrize("text", LEARNED)
+def test_a_window_or_first_tokens_over_the_length_change_nothing(text: str, option: str) -> None:
+    inputs = prompt("llama", *PADDED)
+    cache = Cache(models.model("llama"), methods.parse(learned.recipe("llama", text, option)))
+    mine = logits(models.model("llama"), inputs, cache, 20)
+    assert torch.allclose(mine, logits(models.stock("llama"), inputs, None, 20), rtol=0, atol=1e-4)
     assert cache.report().codes == 0
 
 

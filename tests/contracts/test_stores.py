@@ -12,6 +12,7 @@ from torch import Tensor
 from kvmosaic.codecs import Uniform
 from kvmosaic.errors import NotFinite
 from kvmosaic.kernels.attention import Affine, merge, reference
+from kvmosaic.report import KINDS
 from kvmosaic.stores import Coded, CodedStore, Lane
 from tests.instances import CODECS, TIERS, coded
 
@@ -179,7 +180,7 @@ def test_tensors_are_all_that_is_held(tier: Coded) -> None:
     told = list(store.tensors())
     assert {id(tensor) for _, _, tensor in told} == found.keys()
     assert len({name for name, _, _ in told}) == len(told)
-    assert {kind for _, kind, _ in told} <= {"codes", "scales", "exact", "metadata"}
+    assert {kind for _, kind, _ in told} <= set(KINDS)
 
 
 @every_tier

@@ -240,3 +240,27 @@ def test_output_attentions_is_refused() -> None:
     model, inputs = models.model("llama"), prompt("llama", Row(40, 0, 3))
     with pytest.raises(ValueError, match=r"output_attentions.*exact"):
         generate(model, inputs, Cache(model, SHORT), 5, output_attentions=True, return_dict_in_generate=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["kivi bits=1 residual=32", "mosaic bits=1", "h2o keep=0.3", "snapkv keep=0.3", "zipcache gather=8"]
+)
+def test_first_tokens_stay_exact_row_by_row(text: str) -> None:
+    """Whatever the recipe, in a padded batch, and when they come in pieces."""
+    model, inputs = models.model("llama"), prompt("llama", Row(75, 1, 0), Row(58, 3, 1))
+    recipe = methods.parse(text) | Recipe(first=5)
+    caches = Cache(model, recipe), Cache(model, Recipe(tiers=(EXACT,)))
+    for cache in caches:
+        model(**inputs, past_key_values=cache)
+    for layer, exact in zip(*(cache.layers for cache in caches), strict=True):
+        store, whole = layer.stores["first"], exact.stores["tier 0"]
+        assert (store.length == 5).all()
+        for mine, right in ((store.keys, whole.keys), (store.values, whole.values)):
+            assert torch.equal(mine.ring, right.read(0, 5)["numbers"])
+    inputs = prompt("llama", Row(30, 0, 0))
+    pieces = Cache(model, recipe)
+    for ids in inputs["input_ids"].split([2, 1, 1, 26], 1):
+        model(ids, past_key_values=pieces)
+    assert (pieces.layers[0].stores["first"].length == 5).all()
+    stored = sum(int(store.length[0, 0]) for store in pieces.layers[0].stores.values())
+    assert stored + len(pieces.layers[0].pending or ()) <= 30

@@ -45,7 +45,9 @@ def evaluate(
                 bar.update(total, description=f"{task.label}: {recipe.name}")
                 row = harness.score(opened, recipe, task, seeds=numbers, limit=limit, tick=lambda: bar.advance(total))
                 rows.append(row)
-    show(rows, f"{model}, {opened.model.dtype}".replace("torch.", ""), json_file, NOTE)
+    show(
+        rows, f"{model}, {opened.model.dtype}".replace("torch.", ""), json_file, NOTE, hide=["learned_bytes_per_token"]
+    )
 
 
 def _numbers(text: str) -> list[int]:

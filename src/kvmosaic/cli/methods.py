@@ -37,10 +37,11 @@ def row(name: str) -> dict[str, Any]:
     parameters = inspect.signature(method).parameters
     paper = re.search(r"arXiv:\d{4}\.\d{4,5}", document)
     bits = re.search(r"\b1, 2, 4 or 8\b", inspect.getdoc(method) or "")
+    calibration = "optional" if "calibration" in parameters else None
     try:
         needs = "pictures" if method().visual is not None else "nothing"
     except NeedsCalibration:
-        needs = "a file of its own: see its options"
+        needs, calibration = "nothing", "needed"
     return {
         "name": name,
         "what": document.splitlines()[0],
@@ -48,7 +49,7 @@ def row(name: str) -> dict[str, Any]:
         "bits": bits[0] if bits else None,
         "default": parameters["bits"].default if "bits" in parameters else None,
         "needs": needs,
-        "calibration": "optional" if "calibration" in parameters else None,
+        "calibration": calibration,
     }
 
 

@@ -21,6 +21,7 @@ class Part:
     dtype: as stored; None = the dtype of the keys and values.
     bits: of each number; below 8 the store packs them (`kernels/layout.py`), so `dtype` is then uint8.
     kind: how a report counts it.
+    rows: bytes that lie token by token as the codec wrote them, and not in the blocks that kernels read.
     """
 
     every: int | None
@@ -28,6 +29,12 @@ class Part:
     dtype: torch.dtype | None
     bits: int
     kind: str
+    rows: bool = False
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the store packs it into blocks (`kernels/layout.py`)."""
+        return self.dtype is torch.uint8 and not self.rows
 
 
 class Codec(Protocol):
@@ -43,6 +50,14 @@ class Codec(Protocol):
         return 1
 
     def parts(self, channels: int) -> Mapping[str, Part]: ...
+
+    def learned(self) -> Mapping[str, Tensor]:
+        """What was learned from data and is read with the codes; all caches of a process share it, and each counts it."""
+        return {}
+
+    def to(self, device: torch.device) -> "Codec":
+        """The codec with what it learned on that device."""
+        return self
 
     def encode(self, x: Tensor, valid: Tensor | None) -> Packed: ...
 

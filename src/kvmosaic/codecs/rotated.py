@@ -54,6 +54,12 @@ class Rotated(Codec):
     def parts(self, channels: int) -> Mapping[str, Part]:
         return self.codec.parts(channels)
 
+    def learned(self) -> Mapping[str, Tensor]:
+        return self.codec.learned()
+
+    def to(self, device: torch.device) -> Codec:
+        return Rotated(self.codec.to(device), self.seed)
+
     def encode(self, x: Tensor, valid: Tensor | None) -> Packed:
         return self.codec.encode(self.rotate(x.float()), valid)
 

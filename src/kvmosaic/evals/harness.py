@@ -31,11 +31,13 @@ class Memory:
     """What the caches of a task held, summed."""
 
     stored: int = 0
+    learned: int = 0
     exact: int = 0
     tokens: int = 0
 
     def add(self, report: Report, rows: int = 1) -> None:
         self.stored += report.total
+        self.learned += report.learned
         self.exact += report.exact_cache
         self.tokens += rows * report.tokens
 
@@ -43,6 +45,7 @@ class Memory:
         return {
             "compression": self.exact / self.stored if self.stored else 1.0,
             "bytes_per_token": self.stored / max(self.tokens, 1),
+            "learned_bytes_per_token": self.learned / max(self.tokens, 1),
             "exact_bytes_per_token": self.exact / max(self.tokens, 1),
         }
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvmosaic.errors import CacheMismatch, UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.attention import NAME
 from kvmosaic.hooks.cache import Cache
+from kvmosaic.hooks.rotary import watch_positions
 from kvmosaic.recipe import Recipe
 
 CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -38,10 +40,12 @@ def prepare(model: PreTrainedModel) -> None:
                 f"Supported: {models.SUPPORTED}"
             )
     if not hasattr(model, _HOOKED):
-        begin, hooks = _Begin(model.config), []
+        passing, hooks = _Pass(model.config), []
         for module in _entries(model):
-            hooks.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-            hooks.append(module.register_forward_hook(_end, with_kwargs=True, always_call=True))
+            hooks.append(module.register_forward_pre_hook(passing.begin, with_kwargs=True))
+            hooks.append(module.register_forward_hook(passing.end, with_kwargs=True, always_call=True))
+        if (watched := watch_positions(model, passing.place)) is not None:
+            hooks.append(watched)
         setattr(model, _HOOKED, hooks)
 
 
@@ -121,14 +125,16 @@ def _entries(model: PreTrainedModel) -> Iterator[nn.Module]:
         yield inner
 
 
-class _Begin:
-    """Before a forward pass: which of its tokens are visual. The text model sees embeddings only, so it is asked here."""
+class _Pass:
+    """What a forward pass tells its cache: that it begins and ends; which tokens are visual, which the text model, with its
+    embeddings, does not see; and the positions, which only the text model sees."""
 
     def __init__(self, config: Any) -> None:
         self.fingerprint = models.fingerprint(config)
         self.visual_ids = models.visual_ids(config)
+        self.running: dict[int, Cache] = {}  # by thread
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = cache_in(kwargs)
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         entering = embeds if ids is None else ids
@@ -155,9 +161,15 @@ class _Begin:
             shown = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
             visual = shown if bool(shown.any()) else None
         cache.begin(self.fingerprint, visual, tokens=entering.shape[1])
+        self.running[threading.get_ident()] = cache
 
+    def place(self, position: Tensor) -> None:
+        cache = self.running.get(threading.get_ident())
+        if cache is not None:
+            cache.place(position)
 
-def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    cache = cache_in(kwargs)
-    if isinstance(cache, Cache):
-        cache.end()
+    def end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = cache_in(kwargs)
+        if isinstance(cache, Cache):
+            self.running.pop(threading.get_ident(), None)
+            cache.end()

@@ -1,7 +1,7 @@
 """The cache object that generate carries: one layer per layer of the model."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,11 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from kvmosaic.errors import BadCalibration, CacheInUse, CacheMismatch, RecipeConflict, UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.layer import CacheLayer
+from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
 from kvmosaic.selection import Evicting
+from kvmosaic.stores import Lane
 
 
 class Cache(TransformersCache):  # type: ignore[misc]
@@ -49,7 +51,14 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 )
             prepare(model)
         self._types = models.layer_types(model.config)
-        _check_selection(recipe, len(self._types))
+        full = [index for index, (kind, _) in enumerate(self._types) if kind == "full_attention"]
+        _check_selection(recipe, full, len(self._types), models.head_size(model.config))
+        self._rotary = Rotary(model) if _lanes(recipe, full, lambda lane: lane.pre_rope) else None
+        if recipe.projection is not None and _lanes(recipe, full, _by_channel):
+            raise RecipeConflict(
+                f"{recipe.name or 'the recipe'}: only a part of the rotated key channels is to be stored, and these tiers learned what "
+                "they know of all channels, or code them unrotated. Leave one of the two out"
+            )
         super().__init__(layers=self._empty_layers())
         self._context = models.context(model.config)
         self.head_size = models.head_size(model.config)
@@ -100,6 +109,12 @@ class Cache(TransformersCache):  # type: ignore[misc]
             if isinstance(layer, CacheLayer):
                 layer.visual = visual
 
+    def place(self, position: Tensor) -> None:
+        """The positions [B or 1, T, ids] of the forward pass that is under way; called by a hook on the text model."""
+        for layer in self.layers:
+            if isinstance(layer, CacheLayer):
+                layer.position = position
+
     def end(self) -> None:
         """The forward pass that this thread began is over."""
         if self._running.get("thread") == threading.get_ident():
@@ -147,7 +162,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def _empty_layers(self) -> list[Any]:
         return [
-            CacheLayer(index, len(self._types), self.recipe)
+            CacheLayer(index, len(self._types), self.recipe, self._rotary)
             if kind == "full_attention" and not self.recipe.is_exact
             else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for index, (kind, arguments) in enumerate(self._types)
@@ -171,8 +186,22 @@ class Cache(TransformersCache):  # type: ignore[misc]
         return Report.of(self)
 
 
-def _check_selection(recipe: Recipe, layers: int) -> None:
-    """Raises RecipeConflict if the tiers are not such that the selection can use them."""
+def _lanes(recipe: Recipe, layers: Sequence[int], asked: Callable[[Lane], bool]) -> list[Lane]:
+    """The lanes of these layers, visual tokens' included, that are as asked."""
+    tiers = [tier for tier in (*(recipe.tiers or ()), recipe.visual) if tier is not None]
+    return [lane for tier in tiers for layer in layers for lane in tier.lanes(layer) if asked(lane)]
+
+
+def _by_channel(lane: Lane) -> bool:
+    """What it writes depends on which channel a number is of."""
+    return lane.pre_rope or bool(lane.codec.learned())
+
+
+def _check_selection(recipe: Recipe, full: Sequence[int], layers: int, channels: int) -> None:
+    """full: the layers that attend to the whole context, of `layers`. channels: of a head.
+
+    Raises RecipeConflict if the tiers are not such that the selection can use them.
+    """
     if recipe.selection is None:
         return
     name, tiers = recipe.name or "the recipe", recipe.stored_in
@@ -183,7 +212,7 @@ def _check_selection(recipe: Recipe, layers: int) -> None:
         return
     if recipe.visual is not None:
         raise RecipeConflict(f"{name}: tokens are evicted while decoding, from one tier. Leave `visual` unset")
-    if not all(lane.one_by_one for layer in range(layers) for lane in tiers[0].lanes(layer)):
+    if _lanes(recipe, full, lambda lane: not lane.one_by_one(channels)):
         raise RecipeConflict(
             f"{name}: tokens are evicted one by one while decoding, and this tier shares ranges between tokens or holds some "
             "back. Evict at the prompt only (h2o_prefill, snapkv), or keep tokens with ranges of their own (turboquant)"

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kvmosaic.errors import CacheMismatch, CannotRollBack, NotFinite, UnsupportedModel
 from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_sinks
 from kvmosaic.hooks.pending import Pending
+from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.kernels import step
 from kvmosaic.kernels.attention import Partial, dense, dense_mass
 from kvmosaic.projection import NO_KERNEL, Basis
@@ -29,9 +30,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, index: int, layers: int, recipe: Recipe) -> None:
+    def __init__(self, index: int, layers: int, recipe: Recipe, rotary: Rotary | None = None) -> None:
         super().__init__()
-        self.index, self.layers, self.recipe = index, layers, recipe
+        self.index, self.layers, self.recipe, self.rotary = index, layers, recipe, rotary
         self.seen = 0
         self.stores: dict[str, Store] = {}
         self.pending: Pending | None = None
@@ -41,6 +42,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.visual: Tensor | None = None  # of the step that is under way, [B, T]
         self.live: Tensor | None = None  # [1] int32, set while steps are kernels only (`pin`)
         self.stepping: step.Step | None = None
+        self.position: Tensor | None = None  # of the step that is under way, [B or 1, T, ids]; only with `rotary`
 
     # what transformers asks of a layer
 
@@ -125,7 +127,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             if sinks is not None:
                 raise UnsupportedModel("a captured step knows no attention sinks; call model.generate instead")
             return step.run(self.stepping, query, handle.keys, handle.values, scale, softcap)
-        new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query))
+        new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query), position=self._position(query))
         if self.seen == 0:
             new = self._assigned(new, query, scale)
             if self.recipe.projection is not None:
@@ -154,6 +156,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         recipe = self.recipe
         if isinstance(recipe.selection, Evicting | Gathering):
             return "its selection goes on while decoding"
+        if recipe.first:
+            return "its first tokens have a store of their own"
         if recipe.projection is not None:
             return NO_KERNEL
         tiers = [*recipe.stored_in, *([recipe.visual] if recipe.visual else [])]
@@ -267,7 +271,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         return Step(self.index, self.layers, query, new.keys, new.values, scale, valid)
 
     def _settle(self, new: Pending) -> None:
-        before, self.visual = self.pending, None
+        before, self.visual, self.position = self.pending, None, None
         waiting, self.pending = new if before is None else before + new, None
         try:
             # nothing ends recording, so a plain generate on the same cache must still store what grows old
@@ -298,30 +302,42 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 assert tokens.score is not None and tokens.asked is not None, "tokens that wait are scored"
                 tier = tier.clone()
                 tier[..., waits] = selection.assign_waiting(tokens.score[..., waits], tokens.asked[:, waits])
-        valid = None if tokens.valid is None else self._by_head(tokens.valid)
+        rest = None if tokens.valid is None else self._by_head(tokens.valid)
+        if self.recipe.first:
+            rest = self._put_first(tokens, self.recipe.first, rest)
         if isinstance(selection, Evicting):
-            self._put_and_evict(selection, tokens, _both(valid, None if tier is None else tier != DROP))
+            self._put_and_evict(selection, tokens, _both(rest, None if tier is None else tier != DROP))
             return
-        rest = valid
         if tokens.visual is not None and self.recipe.visual is not None:
-            keep = _both(valid, None if tier is None else tier != DROP)
+            keep = _both(rest, None if tier is None else tier != DROP)
             for picture in _pictures(tokens.visual) if self.recipe.visual_by_picture else (tokens.visual,):
                 self._put("visual", self.recipe.visual, tokens, _both(self._by_head(picture), keep))
-            rest = _both(valid, self._by_head(~tokens.visual))
+            rest = _both(rest, self._by_head(~tokens.visual))
         for index, settings in enumerate(self.recipe.stored_in):
             mine = None if tier is None else tier == index
             if tier is not None or index == 0:
                 self._put(f"tier {index}", settings, tokens, _both(rest, mine))
+
+    def _put_first(self, tokens: Pending, first: int, valid: Tensor | None) -> Tensor | None:
+        """Put those of a sequence's `first` tokens that are among these into their own store. Returns which are not."""
+        store = self.stores.get("first")
+        held = tokens.keys.new_zeros(tokens.keys.shape[:2], dtype=torch.int64) if store is None else store.length
+        if bool((held >= first).all()):
+            return valid
+        come = torch.ones(tokens.keys.shape[:3], dtype=torch.int64, device=held.device) if valid is None else valid
+        early = held[..., None] + come.cumsum(2) <= first
+        self._put("first", self.recipe.first_in, tokens, _both(valid, early))
+        return _both(valid, ~early)
 
     def _put(self, name: str, tier: Tier, tokens: Pending, keep: Tensor | None) -> None:
         if keep is not None and not bool(keep.any()):
             return
         store = self.stores.get(name)
         if store is None:
-            store = tier.open(self.index, tokens.keys, tokens.values, self.basis)
+            store = tier.open(self.index, tokens.keys, tokens.values, self.basis, self.rotary)
         assert isinstance(store, CodedStore), "a layer that does not evict has coded stores"
         with self._naming_the_layer():
-            store.put(tokens.keys, tokens.values, keep)
+            store.put(tokens.keys, tokens.values, keep, None if tokens.position is None else tokens.position.mT)
         self.stores[name] = store  # after what may be refused: a first prompt that is tried again chooses a basis anew
 
     def _put_and_evict(self, selection: Evicting, tokens: Pending, keep: Tensor | None) -> None:
@@ -329,14 +345,15 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         store = self.stores.get("tier 0")
         if store is None:
             tier = self.recipe.stored_in[0]
-            store = EvictingStore(tier.open(self.index, tokens.keys, tokens.values, self.basis))
+            store = EvictingStore(tier.open(self.index, tokens.keys, tokens.values, self.basis, self.rotary))
             store.capacity = self.capacity
         assert isinstance(store, EvictingStore), "a layer that evicts has one kind of store"
         if keep is None:
             keep = torch.ones_like(tokens.score, dtype=torch.bool)
         valid = torch.ones_like(keep[:, 0]) if tokens.valid is None else tokens.valid
         with self._naming_the_layer():
-            store.put(tokens.keys, tokens.values, valid, keep, tokens.score)
+            position = None if tokens.position is None else tokens.position.mT
+            store.put(tokens.keys, tokens.values, valid, keep, tokens.score, position)
         self.stores["tier 0"] = store
         store.evict(selection.rank)
 
@@ -349,6 +366,16 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _by_head(self, flag: Tensor) -> Tensor:
         return flag[:, None].expand(-1, self.num_heads, -1)
+
+    def _position(self, query: Tensor) -> Tensor | None:
+        """[B, ids, T]: of the step's tokens, if any lane asks."""
+        if self.rotary is None:
+            return None
+        if self.position is None:
+            raise CacheMismatch(
+                "the text model was called by itself, and pre-RoPE keys need the positions that the whole model is told. Call that"
+            )
+        return self.position.mT.expand(query.shape[0], -1, -1)
 
     def _valid(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """[B, T], False for padding: a token that may not attend to itself. None = all are tokens."""
@@ -394,7 +421,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.basis is not None:
             yield from ((name, "metadata", tensor) for name, tensor in self.basis.tensors())
         if self.pending is not None:
-            for name in ("keys", "values", "visual", "valid", "tier", "score", "asked"):
+            for name in ("keys", "values", "visual", "valid", "tier", "score", "asked", "position"):
                 tensor = getattr(self.pending, name)
                 if tensor is not None:
                     yield f"pending.{name}", "exact" if name in ("keys", "values") else "metadata", tensor

@@ -84,15 +84,17 @@ def visual_ids(config: Any) -> tuple[int, ...]:
 
 
 def head_size(config: Any) -> int:
+    """Channels of a KV head of the text model."""
     text = text_config(config)
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size: int = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return size
 
 
 def fingerprint(config: Any) -> str:
     """What a cache or a calibration file must agree on with a model: family and shape of its text model."""
-    text, head = text_config(config), head_size(config)
+    text = text_config(config)
     heads = f"{text.num_attention_heads}/{getattr(text, 'num_key_value_heads', None) or text.num_attention_heads}"
-    return f"{config.model_type} {text.num_hidden_layers} layers, {heads} heads of {head}, hidden {text.hidden_size}, vocabulary {text.vocab_size}"
+    return f"{config.model_type} {text.num_hidden_layers} layers, {heads} heads of {head_size(config)}, hidden {text.hidden_size}, vocabulary {text.vocab_size}"
 
 
 def language_model_key(model: PreTrainedModel) -> str | None:

@@ -14,6 +14,7 @@ class Pending:
     keys, values: [B, H, T, D].
     visual, valid: [B, T] bool, False for padding in `valid`; None = no token is visual, all are valid.
     tier: [B, H, T] int8, what the recipe's selection said; None = the first tier.
+    position: [B, ids, T], rotary positions, for keys that are encoded without; None = nobody asks.
     score: [B, H, T] float32, attention received, and asked: [B, T] bool, whether a token's own query counted in scores;
         only where the selection goes on while decoding.
     """
@@ -25,6 +26,7 @@ class Pending:
     tier: Tensor | None = None
     score: Tensor | None = None
     asked: Tensor | None = None
+    position: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[2]
@@ -46,7 +48,7 @@ class Pending:
             return torch.cat(list(whole), -1)
 
         keys, values = torch.cat([self.keys, other.keys], 2), torch.cat([self.values, other.values], 2)
-        missing = {"visual": False, "valid": True, "tier": 0, "score": 0, "asked": False}
+        missing = {"visual": False, "valid": True, "tier": 0, "score": 0, "asked": False, "position": 0}
         return Pending(keys, values, **{name: join(name, value) for name, value in missing.items()})
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Pending":
@@ -54,4 +56,4 @@ class Pending:
         return Pending(change(self.keys), change(self.values), *columns)
 
     def _columns(self) -> tuple[Tensor | None, ...]:
-        return self.visual, self.valid, self.tier, self.score, self.asked
+        return self.visual, self.valid, self.tier, self.score, self.asked, self.position

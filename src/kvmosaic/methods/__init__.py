@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from kvmosaic.options import option
 from kvmosaic.recipe import Recipe
 
@@ -42,6 +44,13 @@ def get(name: str) -> Method:
         return replace(function(*args, **options), name=label)
 
     return named
+
+
+def learner(name: str) -> Callable[..., dict[str, Tensor]] | None:
+    """The function `learn(sample, *, options) -> tensors` of a method's file: what it learns of one layer. None if it does
+    not learn layer by layer. Raises ValueError as `get` does."""
+    get(name)
+    return getattr(importlib.import_module(f"{__name__}.{name}"), "learn", None)
 
 
 def __getattr__(name: str) -> Method:

@@ -1,17 +1,21 @@
 """Tokens as codes: the store behind every quantizer, and behind exact tokens too (their codec is `Exact`)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from kvmosaic.codecs import Exact
+from kvmosaic.errors import BadCalibration
 from kvmosaic.kernels import attention
 from kvmosaic.kernels.attention import Affine, Partial
 from kvmosaic.projection import Basis
 from kvmosaic.stores.lane import Lane, LaneBytes
+
+if TYPE_CHECKING:
+    from kvmosaic.hooks.rotary import Rotary
 
 
 class Store(Protocol):
@@ -34,8 +38,16 @@ class Store(Protocol):
 class Tier(Protocol):
     """Settings of a store; frozen, shared between layers."""
 
-    def open(self, layer: int, keys: Tensor, values: Tensor, basis: Basis | None = None) -> "CodedStore":
-        """Empty, for tokens like these. basis: what is encoded of keys; None = all of them."""
+    def open(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        basis: Basis | None = None,
+        rotary: "Rotary | None" = None,
+    ) -> "CodedStore":
+        """Empty, for tokens like these. basis: what is encoded of keys; None = all of them. rotary: the model's rotation, for
+        lanes of pre-RoPE keys."""
         ...
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
@@ -55,8 +67,19 @@ class Coded:
     values: Lane
     affine: Affine | None = None
 
-    def open(self, layer: int, keys: Tensor, values: Tensor, basis: Basis | None = None) -> "CodedStore":
-        return CodedStore(self, keys, values, basis)
+    def __post_init__(self) -> None:
+        if self.values.pre_rope:
+            raise ValueError("pre_rope is for keys: values have no rotary positions")
+
+    def open(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        basis: Basis | None = None,
+        rotary: "Rotary | None" = None,
+    ) -> "CodedStore":
+        return CodedStore(self, keys, values, basis, rotary)
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
         return self.keys, self.values
@@ -75,11 +98,28 @@ class PerLayer:
 
     tiers: tuple[Coded, ...]
 
-    def open(self, layer: int, keys: Tensor, values: Tensor, basis: Basis | None = None) -> "CodedStore":
-        return self.tiers[layer].open(layer, keys, values, basis)
+    @staticmethod
+    def of(tiers: Mapping[int, Coded]) -> "PerLayer":
+        """By layer. Layers between that have none keep a cache of their own (sliding windows), and are never asked."""
+        return PerLayer(tuple(tiers.get(layer, tiers[max(tiers)]) for layer in range(max(tiers) + 1)))
+
+    def open(
+        self,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+        basis: Basis | None = None,
+        rotary: "Rotary | None" = None,
+    ) -> "CodedStore":
+        return self._of(layer).open(layer, keys, values, basis, rotary)
 
     def lanes(self, layer: int) -> tuple[Lane, Lane]:
-        return self.tiers[layer].lanes(layer)
+        return self._of(layer).lanes(layer)
+
+    def _of(self, layer: int) -> Coded:
+        if layer >= len(self.tiers):
+            raise BadCalibration(f"the recipe was calibrated for {len(self.tiers)} layers, and the model has more")
+        return self.tiers[layer]
 
     def affine_of(self, layer: int) -> Affine | None:
         return self.tiers[layer].affine
@@ -91,17 +131,26 @@ class CodedStore:
     Rows may differ in length: a token that a row does not keep (padding, another tier's) has no slot in it.
     """
 
-    def __init__(self, tier: Coded, keys: Tensor, values: Tensor, basis: Basis | None = None) -> None:
+    def __init__(
+        self,
+        tier: Coded,
+        keys: Tensor,
+        values: Tensor,
+        basis: Basis | None = None,
+        rotary: "Rotary | None" = None,
+    ) -> None:
         self.tier = tier
-        self.keys, self.values = LaneBytes(tier.keys, "keys", keys, basis), LaneBytes(tier.values, "values", values)
+        self.keys = LaneBytes(tier.keys, "keys", keys, basis, rotary)
+        self.values = LaneBytes(tier.values, "values", values)
         self.length = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
 
-    def put(self, keys: Tensor, values: Tensor, keep: Tensor | None) -> None:
-        """Append tokens. keys, values [B, H, T, D]; keep [B, H, T] bool, None = all.
+    def put(self, keys: Tensor, values: Tensor, keep: Tensor | None, position: Tensor | None = None) -> None:
+        """Append tokens. keys, values [B, H, T, D]; keep [B, H, T] bool, None = all; position [B, T, ids] if keys are to be
+        encoded without.
 
         Raises NotFinite before anything is written.
         """
-        count = None
+        count, place = None, None if position is None else position[:, None]
         if keep is not None:
             count = keep.sum(2)
             most = int(count.max())
@@ -111,9 +160,13 @@ class CodedStore:
             order = (~keep).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :most, None]
             keys = keys.gather(2, order.expand(-1, -1, -1, keys.shape[3]))
             values = values.gather(2, order.expand(-1, -1, -1, values.shape[3]))
+            if place is not None:
+                heads = 1 if bool((keep == keep[:, :1]).all()) else keep.shape[1]
+                order = order[:, :heads].expand(-1, -1, -1, place.shape[3])
+                place = place.expand(-1, heads, -1, -1).gather(2, order)
         self.keys.check(keys)
         self.values.check(values)
-        self.keys.put(keys, count, self.length)
+        self.keys.put(keys, count, self.length, place)
         self.values.put(values, count, self.length)
         self.length = self.length + (keys.shape[2] if count is None else count)
 

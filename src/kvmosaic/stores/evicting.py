@@ -28,8 +28,17 @@ class EvictingStore:
     def length(self) -> Tensor:
         return self.store.length
 
-    def put(self, keys: Tensor, values: Tensor, valid: Tensor, keep: Tensor, score: Tensor) -> None:
-        """keys, values [B, H, T, D]; valid [B, T] bool; keep [B, H, T] bool; score [B, H, T] float32."""
+    def put(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        valid: Tensor,
+        keep: Tensor,
+        score: Tensor,
+        position: Tensor | None = None,
+    ) -> None:
+        """keys, values [B, H, T, D]; valid [B, T] bool; keep [B, H, T] bool; score [B, H, T] float32; position as in
+        `CodedStore.put`."""
         most = int((self.length + keep.sum(2)).max())
         grow = max(0, -(-most // 32) * 32 - self.position.shape[2])
         self.position = torch.nn.functional.pad(self.position, (0, grow))
@@ -40,7 +49,7 @@ class EvictingStore:
         self.position[row, head, slot[keep]] = place[row, head, token].to(torch.int32)
         self.score[row, head, slot[keep]] = score[row, head, token]
         self.placed = self.placed + valid.sum(1)
-        self.store.put(keys, values, keep)
+        self.store.put(keys, values, keep, position)
 
     def attend(
         self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None

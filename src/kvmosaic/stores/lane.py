@@ -5,9 +5,12 @@ the ring, slot s at index s modulo the ring's size. Keys and values share the sl
 encodes its keys 128 tokens at a time and its values one by one.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from kvmosaic.errors import NotFinite
 from kvmosaic.kernels import encode
 from kvmosaic.kernels.layout import BLOCK, Role, bytes_per_block, layout_of, pack, unpack
 from kvmosaic.projection import Basis
+
+if TYPE_CHECKING:
+    from kvmosaic.hooks.rotary import Rotary
 
 LARGEST = torch.finfo(torch.float16).max / 2
 """Of a number to encode: twice it, the widest range of a group, must fit float16."""
@@ -28,12 +34,14 @@ class Lane:
 
     window: how many of the newest tokens always stay exact.
     flush: tokens older than the window are encoded when this many have gathered (all multiples of it at once).
+    pre_rope: keys are encoded as they were before their rotary positions, and rotated when they are read.
     Raises ValueError if a flush would cut a group of the codec.
     """
 
     codec: Codec
     window: int = 0
     flush: int = 1
+    pre_rope: bool = False
 
     def __post_init__(self) -> None:
         if self.window < 0 or self.flush < 1:
@@ -48,32 +56,35 @@ class Lane:
         """Most tokens that wait exact between two steps."""
         return self.window + self.flush - 1
 
-    @property
-    def one_by_one(self) -> bool:
+    def one_by_one(self, channels: int) -> bool:
         """Each token is written by itself and at once, so any token can give up its slot to another."""
-        return not self.ring and all(part.every == 1 for part in self.codec.parts(BLOCK * 2).values())
+        return not self.ring and all(part.every == 1 for part in self.codec.parts(channels).values())
 
 
 class LaneBytes:
     """The tensors of one lane. Rows are [B, H]; buffers grow by whole blocks and are zero where nothing was written.
 
-    buffers: by part: codes below 8 bits and bytes packed as [B, H, blocks, bytes] (`kernels/layout.py`), anything else
-        as [B, H, entries, width].
+    buffers: by part: codes and bytes packed as [B, H, blocks, bytes] (`kernels/layout.py`) where the part is blocked,
+        anything else as [B, H, entries, width].
     ring: [B, H, at most window + flush - 1, D] in the model's dtype; smaller while no row is that long.
     coded: [B, H] int64, how many slots are encoded.
     starts: [B, H, runs] int64, first slot of each run that was encoded together, if the codec has parts once a run.
+    position: [B, 1 or H, slots, ids] int32, the rotary positions of each slot's token, for keys that are encoded without;
+        one for all heads as long as they hold the same tokens. `rotary` turns them.
     basis: what is encoded of the D channels of each token; None = all. The ring holds whole tokens.
     """
 
-    def __init__(self, lane: Lane, role: Role, like: Tensor, basis: Basis | None = None) -> None:
+    def __init__(
+        self, lane: Lane, role: Role, like: Tensor, basis: Basis | None = None, rotary: Rotary | None = None
+    ) -> None:
         batch, heads, _, self.channels = like.shape
-        self.lane, self.role, self.layout = lane, role, layout_of(like.device)
-        self.basis = basis
+        self.lane = replace(lane, codec=lane.codec.to(like.device))
+        self.role, self.layout, self.basis = role, layout_of(like.device), basis
         self.parts = lane.codec.parts(self.channels if basis is None else basis.size)
         self.by_run = any(part.every is None for part in self.parts.values())
         self.buffers: dict[str, Tensor] = {}
         for name, part in self.parts.items():
-            if part.dtype is torch.uint8:
+            if part.blocked:
                 width, dtype = bytes_per_block(part.width, part.bits), torch.uint8
             else:
                 width, dtype = part.width, part.dtype or like.dtype
@@ -81,21 +92,30 @@ class LaneBytes:
         self.ring = like.new_zeros(batch, heads, 0, self.channels)
         self.coded = torch.zeros(batch, heads, dtype=torch.int64, device=like.device)
         self.starts = self.coded.new_zeros(batch, heads, 0)
+        assert rotary is not None or not lane.pre_rope, (
+            "the cache of a recipe with pre-RoPE keys has its model's rotation"
+        )
+        self.rotary = rotary if lane.pre_rope else None
+        ids = 0 if self.rotary is None else self.rotary.ids
+        self.position = torch.zeros(batch, 1, 0, ids, dtype=torch.int32, device=like.device)
         self.free = 0  # tokens that can come before any row has some to encode
 
     def check(self, x: Tensor) -> None:
-        """Raises NotFinite if no float16 range can be fitted to x; asked before either lane is written."""
-        fitted = any(part.kind == "scales" for part in self.parts.values())
-        if fitted and x.numel() and not torch.linalg.vector_norm(x, torch.inf).item() <= LARGEST:  # NaN stays NaN
+        """Raises NotFinite if x is to be encoded and no float16 range can be fitted to it; asked before either lane is written."""
+        coded = any(part.kind != "exact" for part in self.parts.values())
+        if coded and x.numel() and not bool(x.abs().amax() <= LARGEST):  # false for NaN, too
             raise NotFinite(
                 f"the {self.role} to encode hold NaN, infinity or numbers beyond {LARGEST:.0f} (half of float16). Check the model's "
                 "weights and dtype, or keep this layer exact"
             )
 
-    def put(self, x: Tensor, count: Tensor | None, length: Tensor) -> None:
+    def put(self, x: Tensor, count: Tensor | None, length: Tensor, position: Tensor | None = None) -> None:
         """Take the tokens that follow slot `length`: x [B, H, T, D], of which each row has its first `count` [B, H]
-        (None = all)."""
+        (None = all). position: [B, 1 or H, T, ids], for keys that are encoded without."""
         tokens = x.shape[2]
+        if self.rotary is not None:
+            assert position is not None, "pre-RoPE keys come with their positions"
+            self._place(position, count, length)
         if tokens > self.free:
             coming = tokens if count is None else count
             held = length - self.coded
@@ -123,11 +143,22 @@ class LaneBytes:
             stay = (slot >= self.coded[..., None]) & (slot < (length + count)[..., None])
         self._scatter(self.ring, x[:, :, first:], slot % self.lane.ring, stay)
 
+    def _place(self, position: Tensor, count: Tensor | None, length: Tensor) -> None:
+        """Note the positions of the tokens that follow slot `length`."""
+        heads = max(position.shape[1], self.position.shape[1])
+        slots, tokens = self.position.shape[2], position.shape[2]
+        grow = max(0, -(-(int(length.max()) + tokens) // 32) * 32 - slots)
+        self.position = torch.nn.functional.pad(self.position, (0, 0, 0, grow)).expand(-1, heads, -1, -1).contiguous()
+        order = torch.arange(tokens, device=position.device)
+        valid = None if count is None else order < count[:, :heads, None]
+        new = position.to(torch.int32).expand(-1, heads, -1, -1)
+        self._scatter(self.position, new, length[:, :heads, None] + order, valid)
+
     def read(self, start: int, stop: int) -> Packed:
         """The parts of slots [start, stop), codes unpacked to [B, H, tokens, width]; `start` on a block's border."""
         packed = {}
         for name, part in self.parts.items():
-            if part.dtype is torch.uint8:
+            if part.blocked:
                 blocks = self.buffers[name][:, :, start // BLOCK : -(-stop // BLOCK)]
                 packed[name] = unpack(blocks, part.bits, self.role, self.layout, part.width)[:, :, : stop - start]
             elif part.every is None:
@@ -146,13 +177,13 @@ class LaneBytes:
     def room(self) -> int:
         """Slots that there is room for."""
         each = [
-            self.buffers[name].shape[2] * (BLOCK if part.dtype is torch.uint8 else part.every)
+            self.buffers[name].shape[2] * (BLOCK if part.blocked else part.every)
             for name, part in self.parts.items()
             if part.every is not None
         ]
         return min(each, default=0)
 
-    def load(self, other: "LaneBytes") -> bool:
+    def load(self, other: LaneBytes) -> bool:
         """Take over the bytes of another lane into the tensors that are here; False if they have no room for them."""
         pairs = [(buffer, other.buffers[name]) for name, buffer in self.buffers.items()] + [(self.ring, other.ring)]
         if any(mine.shape[2] < theirs.shape[2] for mine, theirs in pairs) or self.starts.shape != other.starts.shape:
@@ -166,15 +197,18 @@ class LaneBytes:
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy encoded tokens from slots `source` to slots `target`, [B, H, n] each; for lanes that write one by one."""
-        assert self.lane.one_by_one, "tokens that share parameters cannot be moved one by one"
+        assert self.lane.one_by_one(self.channels), "tokens that share parameters cannot be moved one by one"
         for name, part in self.parts.items():
             buffer = self.buffers[name]
-            if part.dtype is torch.uint8:
+            if part.blocked:
                 codes = unpack(buffer, part.bits, self.role, self.layout, part.width)
                 self._copy(codes, source, target)
                 self.buffers[name] = pack(codes, part.bits, self.role, self.layout)
             else:
                 self._copy(buffer, source, target)
+        if self.rotary is not None:
+            self.position = self.position.expand(-1, source.shape[1], -1, -1).contiguous()
+            self._copy(self.position, source, target)
 
     @staticmethod
     def _copy(rows: Tensor, source: Tensor, target: Tensor) -> None:
@@ -191,17 +225,21 @@ class LaneBytes:
         """(name, kind, tensor) of everything that is held."""
         for name, part in self.parts.items():
             yield name, part.kind, self.buffers[name]
+        for name, tensor in self.lane.codec.learned().items():
+            yield f"learned {name}", "learned", tensor
         yield "ring", "exact", self.ring
         if self.basis is not None:
             for name, tensor in self.basis.tensors():
                 yield name, "metadata", tensor
         yield "coded", "metadata", self.coded
         yield "starts", "metadata", self.starts
+        yield "position", "metadata", self.position
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Apply a change of rows (reordering, repeating) to every tensor."""
         self.buffers = {name: change(buffer) for name, buffer in self.buffers.items()}
         self.ring, self.coded, self.starts = change(self.ring), change(self.coded), change(self.starts)
+        self.position = change(self.position)
         if self.basis is not None:
             self.basis = self.basis.map(change)
 
@@ -222,6 +260,11 @@ class LaneBytes:
         """Encode x [B, H, T, D] into the slots after `coded`; each row has its first `count` tokens."""
         last = int((self.coded + count).max())
         self._reserve(last)
+        if self.rotary is not None:
+            slot = self.coded[:, : self.position.shape[1], None] + torch.arange(x.shape[2], device=x.device)
+            slot = slot.clamp_max(self.position.shape[2] - 1)  # past a short row's tokens: anything
+            index = slot[..., None].expand(-1, -1, -1, self.rotary.ids)
+            x = self.rotary.unrotate(x, self.position.gather(2, index))
         if self.basis is not None:  # no kernel writes fewer channels than come
             self._write_by_codec(self.basis.shrink(x), count, last)
         elif not encode.write(self, x, count):
@@ -241,7 +284,7 @@ class LaneBytes:
         for name, part in self.parts.items():
             if part.every is None:
                 self.buffers[name] = torch.cat([self.buffers[name], packed[name]], 2)
-            elif part.dtype is torch.uint8:
+            elif part.blocked:
                 self._write_codes(name, packed[name], slot, valid, first, last)
             else:
                 # entries, not tokens: a group's slot is that of its first token
@@ -279,7 +322,7 @@ class LaneBytes:
         for name, part in self.parts.items():
             if part.every is None:
                 continue
-            packed = part.dtype is torch.uint8
+            packed = part.blocked
             per_entry, unit = (BLOCK, BLOCK) if packed else (part.every, 32)  # unpacked parts waste less
             buffer = self.buffers[name]
             old = buffer.shape[2] * per_entry

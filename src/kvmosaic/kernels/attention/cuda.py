@@ -79,6 +79,8 @@ class _Plan:
 
 def why_not(keys: Lane, values: Lane, channels: int, affine: bool = False) -> str | None:
     """Why the kernels cannot serve a store of these lanes; None if they can."""
+    if keys.pre_rope:
+        return "keys that are rotated as they are read"
     forms = gpu.form(keys.codec, "keys", channels), gpu.form(values.codec, "values", channels)
     for each in forms:
         if isinstance(each, str):

@@ -109,13 +109,24 @@ def _logits(lane: LaneBytes, query: Tensor, slot: Tensor) -> Tensor:
     """[B, H, M, S]: encoded slots by the codec, the others from the ring."""
     coded = int(lane.coded.max())
     shrunk = query if lane.basis is None else lane.basis.shrink(query)
-    behind = [_by_run(lane, lane.lane.codec.logits, shrunk, start, coded) for start in range(0, coded, lane.step)]
+    behind = [
+        _by_run(lane, _rotating(lane, start, coded), shrunk, start, coded) for start in range(0, coded, lane.step)
+    ]
     logits = torch.cat([*behind, query.new_zeros(*query.shape[:3], len(slot) - coded)], -1)
     if lane.lane.ring:
         ring = query @ lane.ring.float().mT
         exact = (slot >= lane.coded[..., None])[:, :, None]
         logits = torch.where(exact, ring.gather(3, (slot % lane.lane.ring).expand_as(logits)), logits)
     return logits
+
+
+def _rotating(lane: LaneBytes, start: int, coded: int) -> Callable[[Tensor, Packed], Tensor]:
+    """The codec's logits over a stride of slots; of keys encoded before their rotary positions, rotated first."""
+    rotary, codec = lane.rotary, lane.lane.codec
+    if rotary is None:
+        return codec.logits
+    position = lane.position[:, :, start : min(start + lane.step, coded)]
+    return lambda query, packed: query @ rotary.rotate(codec.decode(packed), position).mT
 
 
 def _mix(lane: LaneBytes, weights: Tensor, slot: Tensor) -> Tensor:
