@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -22,7 +22,7 @@ from kvmosaic.kernels.layout import BLOCK, bytes_per_block
 from kvmosaic.loading import read_config
 from kvmosaic.projection import Projection
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Evicting
+from kvmosaic.selection import Evicting, Selection
 from kvmosaic.stores import Lane, Tier
 
 CONFIGS = resources.files(__package__) / "configs"
@@ -118,6 +118,20 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
     return total
 
 
+def resolve(recipe: Recipe, shape: Shape, batch: int, tokens: int, visual: int = 0) -> Recipe:
+    """The recipe with a count of tokens in place of a budget in bytes, for `batch` prompts of `tokens` tokens.
+
+    Raises ValueError if what must stay is larger.
+    """
+    if recipe.selection is None or not recipe.selection.sized:
+        return recipe
+
+    def nbytes(selection: Selection) -> int:
+        return batch * cache_bytes(shape, replace(recipe, selection=selection), tokens, visual)
+
+    return replace(recipe, selection=recipe.selection.resolved(tokens, visual, nbytes))
+
+
 def _store_bytes(shape: Shape, tier: Tier, projection: Projection | None, layer: int, tokens: int, runs: int) -> int:
     keys, values = tier.lanes(layer)
     stored = shape.channels if projection is None else projection.size(shape.channels)
@@ -161,7 +175,8 @@ def row(
 
     @functools.cache
     def sequence(tokens: int) -> int:
-        return cache_bytes(shape, recipe, tokens, round(tokens * visual / context))
+        shown = round(tokens * visual / context)
+        return cache_bytes(shape, resolve(recipe, shape, batch, tokens, shown), tokens, shown)
 
     exact = cache_bytes(shape, Recipe(), context)
     columns: dict[str, Any] = {

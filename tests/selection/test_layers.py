@@ -63,7 +63,7 @@ def test_a_selection_keeps_its_layers_share():
 
 
 def saved(path, **changes):
-    made = {"method": "xkv", "options": {"scorer": "snapkv"}, "fingerprint": "this model", "data": "none"}
+    made = {"method": "xkv", "options": {"scorer": "snapkv_mean"}, "fingerprint": "this model", "data": "none"}
     Calibration(**(made | changes), tensors={"gains": concave(4, 50)}).save(path)
     return path
 
@@ -71,7 +71,7 @@ def saved(path, **changes):
 def test_xkv_reads_a_profile_and_refuses_what_is_none(tmp_path):
     recipe = methods.parse(f"xkv keep=0.3 profile={saved(tmp_path / 'p.safetensors')} | kivi")
     assert recipe.fingerprint == "this model" and recipe.tiers is not None
-    with pytest.raises(BadCalibration, match="scorer=snapkv, and scorer=h2o was asked for"):
+    with pytest.raises(BadCalibration, match="scorer=snapkv_mean, and scorer=h2o was asked for"):
         methods.parse(f"xkv keep=0.3 scorer=h2o profile={tmp_path / 'p.safetensors'}")
     with pytest.raises(BadCalibration, match="made for kvquant, and xkv was asked for"):
         methods.get("xkv")(0.3, profile=saved(tmp_path / "q.safetensors", method="kvquant"))

@@ -146,7 +146,7 @@ class _Begin:
                 "ones. It must cover both: the later columns would be taken for padding"
             )
         visual = None
-        if cache.recipe.visual is not None:
+        if cache.recipe.sees_visual:
             if ids is None:
                 raise ValueError(
                     "a recipe with visual tokens needs input_ids: from inputs_embeds alone nobody can tell which tokens are "
@@ -154,7 +154,7 @@ class _Begin:
                 )
             shown = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
             visual = shown if bool(shown.any()) else None
-        cache.begin(self.fingerprint, visual, tokens=entering.shape[1])
+        cache.begin(self.fingerprint, visual, batch=entering.shape[0], tokens=entering.shape[1])
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -42,14 +42,15 @@ class Cache(TransformersCache):  # type: ignore[misc]
             )
         if not recipe.is_exact:
             models.check(model.config)
-            if recipe.visual is not None and not models.visual_ids(model.config):
+            if recipe.sees_visual and not models.visual_ids(model.config):
                 raise UnsupportedModel(
                     f"{recipe.name or 'the recipe'} sets how visual tokens are kept, and {type(model).__name__} takes no "
-                    "pictures. For text use another method, e.g. kivi"
+                    "pictures. For text use another method, e.g. kivi, and protect a count of first tokens"
                 )
             prepare(model)
         self._types = models.layer_types(model.config)
         _check_selection(recipe, len(self._types))
+        self._shape = _shape(model) if recipe.selection is not None and recipe.selection.sized else None
         super().__init__(layers=self._empty_layers())
         self._context = models.context(model.config)
         self.head_size = models.head_size(model.config)
@@ -61,15 +62,15 @@ class Cache(TransformersCache):  # type: ignore[misc]
             raise CacheMismatch(
                 f"this cache has {len(self.layers)} layers ({self.fingerprint}), and layer {layer_idx} came"
             )
-        if self.recipe.visual is not None and not self._running and not self.pinned:
+        if (self.recipe.sees_visual or self._shape is not None) and not self._running and not self.pinned:
             raise CacheMismatch(
-                "the text model was called by itself, and only the whole model is told which tokens are visual. Call that, "
-                "with input_ids"
+                "the text model was called by itself, and only the whole model is told which tokens are visual and how much "
+                "memory they may take. Call that, with input_ids"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def begin(self, fingerprint: str, visual: Tensor | None, tokens: int) -> None:
-        """A forward pass over `tokens` new tokens starts; called by the hook on the model (`hooks/attach.py`).
+    def begin(self, fingerprint: str, visual: Tensor | None, batch: int, tokens: int) -> None:
+        """A forward pass over `tokens` new tokens of `batch` rows starts; called by the hook on the model (`hooks/attach.py`).
 
         visual [B, T] bool: which of them are visual; None = none. `end` follows, whatever is raised.
         """
@@ -96,9 +97,20 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"{seen + tokens} tokens are more than the model's context of {self._context}. Shorten the prompt, or load "
                 "the model with a larger max_position_embeddings (and a rotary scaling that suits it)"
             )
+        if self._shape is not None and not seen:
+            self._resolve(self._shape, batch, tokens, 0 if visual is None else int(visual.sum(1).max()))
         for layer in self.layers:
             if isinstance(layer, CacheLayer):
                 layer.visual = visual
+
+    def _resolve(self, shape: Any, batch: int, tokens: int, visual: int) -> None:
+        """The count of tokens for a budget of memory, now that the first prompt is there."""
+        from kvmosaic.plan import resolve  # the plan knows caches
+
+        recipe = resolve(self.recipe, shape, batch, tokens, visual)
+        for layer in self.layers:
+            if isinstance(layer, CacheLayer):
+                layer.recipe = recipe
 
     def end(self) -> None:
         """The forward pass that this thread began is over."""
@@ -169,6 +181,12 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def report(self) -> Report:
         return Report.of(self)
+
+
+def _shape(model: PreTrainedModel) -> Any:
+    from kvmosaic.plan import Shape
+
+    return Shape.of(model.config, itemsize=model.dtype.itemsize)
 
 
 def _check_selection(recipe: Recipe, layers: int) -> None:

@@ -33,6 +33,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.index, self.layers, self.recipe = index, layers, recipe
         self.seen = 0
+        self.padding: Tensor | None = None  # [B], how many of the tokens seen were padding; None = none
         self.stores: dict[str, Store] = {}
         self.pending: Pending | None = None
         self.basis: Basis | None = None  # what is stored of keys, if the recipe has a projection
@@ -75,6 +76,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         self.seen, self.stores, self.pending, self.basis, self.is_initialized = 0, {}, None, None, False
         self.record_past, self.capacity, self.live, self.stepping = False, None, None, None
+        self.padding = None
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -225,6 +227,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         waits = isinstance(selection, Gathering) and len(new) < selection.gather
         if not waits and not isinstance(selection, Evicting):
             return merged, self._assigned(new, query, scale)
+        never = None
+        if isinstance(selection, Evicting) and len(new) > 1:
+            never = selection.protected(self._step(new, query, scale))
+            self._check_room(never)
         # scores: what the queries that count pay to each token, stored, waiting or new
         asked = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
         if waits:
@@ -241,8 +247,25 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.pending = replace(
                 self.pending, score=earlier if self.pending.score is None else earlier + self.pending.score
             )
-        tier = torch.full_like(score[..., -len(new) :], WAIT, dtype=torch.int8) if waits else None
-        return merged, replace(new, tier=tier, score=score[..., -len(new) :], asked=asked)
+        score = score[..., -len(new) :]
+        if never is not None:
+            score = score.masked_fill(never[:, None], torch.inf)
+        tier = torch.full_like(score, WAIT, dtype=torch.int8) if waits else None
+        return merged, replace(new, tier=tier, score=score, asked=asked)
+
+    def _check_room(self, new: Tensor) -> None:
+        """Raises ValueError if tokens that never leave, held or `new` [B, T] bool, are more than a row may keep."""
+        store, never = self.stores.get("tier 0"), new.sum(-1, keepdim=True)
+        capacity = store.capacity if isinstance(store, EvictingStore) else self.capacity
+        assert capacity is not None, "the first prompt sets the capacity"
+        for held in (store, self.pending):
+            if isinstance(held, EvictingStore | Pending) and held.score is not None:
+                never = never + held.score.isinf().sum(-1)
+        if bool((never > capacity[:, None]).any()):
+            raise ValueError(
+                f"with this turn {int(never.max())} tokens are protected, and a row may keep {int(capacity.min())}. Raise the budget "
+                "or protect fewer"
+            )
 
     def _asks(self, new: int) -> list[bool]:
         assert isinstance(self.recipe.selection, Gathering), "only asked of tokens that wait"
@@ -264,7 +287,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         valid = new.valid
         if valid is None:
             valid = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
-        return Step(self.index, self.layers, query, new.keys, new.values, scale, valid)
+        before = self.seen if self.padding is None else (self.seen - self.padding)[:, None]
+        place = torch.where(valid, before + valid.cumsum(1) - 1, -1)
+        visual = torch.zeros_like(valid) if new.visual is None else new.visual
+        return Step(self.index, self.layers, query, new.keys, new.values, scale, place, visual)
 
     def _settle(self, new: Pending) -> None:
         before, self.visual = self.pending, None
@@ -276,6 +302,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.pending = before
             raise
         self.seen += len(new)
+        if new.valid is not None:
+            padding = (~new.valid).sum(1)
+            self.padding = padding if self.padding is None else self.padding + padding
 
     def _advance(self, waiting: Pending, hold: int) -> None:
         """Store what is ready of the tokens that wait, all but the newest `hold` at most; the rest goes on waiting."""
@@ -385,6 +414,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.pending = self.pending.map(change)
         if self.basis is not None:
             self.basis = self.basis.map(change)
+        if self.padding is not None:
+            self.padding = change(self.padding)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(name, kind, tensor) of everything held."""
@@ -393,6 +424,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 yield f"{name}.{part}", kind, tensor
         if self.basis is not None:
             yield from ((name, "metadata", tensor) for name, tensor in self.basis.tensors())
+        if self.padding is not None:
+            yield "padding", "metadata", self.padding
         if self.pending is not None:
             for name in ("keys", "values", "visual", "valid", "tier", "score", "asked"):
                 tensor = getattr(self.pending, name)

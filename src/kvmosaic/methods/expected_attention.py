@@ -5,23 +5,13 @@ Departures: statistics of the rotated queries of the prompt's end (see `selectio
 """
 
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Budget, ExpectedAttention, TopTokens
+from kvmosaic.selection import Budget, ExpectedAttention, TopTokens, budgeted
 
 
-def expected_attention(
-    keep: float | None = None,
-    *,
-    tokens: int | None = None,
-    sinks: int = 4,
-    queries: int = 512,
-    head_floor: float | None = None,
-) -> Recipe:
-    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. 0.25 if neither is given.
+@budgeted(keep=0.25)
+def expected_attention(budget: Budget, *, sinks: int = 4, queries: int = 512) -> Recipe:
+    """sinks: first tokens that always stay. queries: how many of the last ones stand for those to come.
 
-    sinks: first tokens that always stay. queries: how many of the last ones stand for those to come. head_floor: heads
-    compete for tokens, each keeping this share of the mean at least (AdaKV). Generated tokens all stay.
+    Generated tokens all stay. With heads that compete: adakv scorer=expected_attention.
     """
-    selection = TopTokens(
-        scorer=ExpectedAttention(queries), budget=Budget.of(keep, tokens), sinks=sinks, head_floor=head_floor
-    )
-    return Recipe(selection=selection)
+    return Recipe(selection=TopTokens(scorer=ExpectedAttention(queries), budget=budget, sinks=sinks))

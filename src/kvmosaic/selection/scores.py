@@ -90,3 +90,19 @@ class ExpectedAttention:
         logits = logits + ((keys @ covariance) * keys).sum(-1) * step.scale**2 / 2
         logits = logits.masked_fill(~step.valid[:, None, None], -torch.inf)
         return logits.softmax(-1).mean(2) * step.values.float().norm(dim=-1)
+
+
+SCORERS: dict[str, Scorer] = {
+    "snapkv": WindowAttention(32, 7, "max"),
+    "snapkv_mean": WindowAttention(8, 7, "mean"),  # as XKV's code has it
+    "h2o": AttentionSums(),
+    "expected_attention": ExpectedAttention(),
+}
+"""By name, for the methods that share budgets out and leave it open who scores (adakv, xkv)."""
+
+
+def scorer_of(name: str) -> Scorer:
+    """Raises ValueError for a name that SCORERS lacks."""
+    if name not in SCORERS:
+        raise ValueError(f"no scorer {name!r}. There are: {', '.join(SCORERS)}")
+    return SCORERS[name]
