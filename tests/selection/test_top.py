@@ -19,7 +19,7 @@ from kvmosaic.selection import (
     WindowAttention,
 )
 
-SCORERS = [Recency(), AttentionSums(), AttentionSums(normalize=True), WindowAttention(8, 5), ExpectedAttention(32)]
+SCORERS = [Recency(), AttentionSums(), AttentionSums(normalize=True), WindowAttention(8, 5), ExpectedAttention(64)]
 
 
 def step(tokens=63, batch=1, heads=2, groups=4, pad=0, seed=0):
@@ -36,6 +36,7 @@ def step(tokens=63, batch=1, heads=2, groups=4, pad=0, seed=0):
         scale=32**-0.5,
         place=place,
         visual=torch.zeros(batch, tokens, dtype=torch.bool),
+        frequencies=10000 ** (-torch.arange(16) / 16),
     )
 
 

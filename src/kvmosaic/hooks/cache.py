@@ -51,6 +51,9 @@ class Cache(TransformersCache):  # type: ignore[misc]
         self._types = models.layer_types(model.config)
         _check_selection(recipe, len(self._types))
         self._shape = _shape(model) if recipe.selection is not None and recipe.selection.sized else None
+        self._frequencies = {
+            kind: models.frequencies(model, kind) for kind, _ in self._types if recipe.selection is not None
+        }
         super().__init__(layers=self._empty_layers())
         self._context = models.context(model.config)
         self.head_size = models.head_size(model.config)
@@ -159,7 +162,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def _empty_layers(self) -> list[Any]:
         return [
-            CacheLayer(index, len(self._types), self.recipe)
+            CacheLayer(index, len(self._types), self.recipe, self._frequencies.get(kind))
             if kind == "full_attention" and not self.recipe.is_exact
             else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for index, (kind, arguments) in enumerate(self._types)

@@ -29,9 +29,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, index: int, layers: int, recipe: Recipe) -> None:
+    def __init__(self, index: int, layers: int, recipe: Recipe, frequencies: Tensor | None = None) -> None:
         super().__init__()
         self.index, self.layers, self.recipe = index, layers, recipe
+        self.frequencies = frequencies  # of the model's rotary embedding; the model's own bytes, not the cache's
         self.seen = 0
         self.padding: Tensor | None = None  # [B], how many of the tokens seen were padding; None = none
         self.stores: dict[str, Store] = {}
@@ -290,7 +291,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         before = self.seen if self.padding is None else (self.seen - self.padding)[:, None]
         place = torch.where(valid, before + valid.cumsum(1) - 1, -1)
         visual = torch.zeros_like(valid) if new.visual is None else new.visual
-        return Step(self.index, self.layers, query, new.keys, new.values, scale, place, visual)
+        return Step(self.index, self.layers, query, new.keys, new.values, scale, place, visual, self.frequencies)
 
     def _settle(self, new: Pending) -> None:
         before, self.visual = self.pending, None

@@ -25,6 +25,7 @@ class Step(NamedTuple):
     scale: float  # of the logits
     place: Tensor  # [B, T] int64, among all tokens that its row has seen; -1 for padding
     visual: Tensor  # [B, T] bool
+    frequencies: Tensor | None  # [R], of the rotary embedding, radians a place; None = not known
 
     @property
     def valid(self) -> Tensor:

@@ -131,8 +131,8 @@ class TopTokens(Selection):
         floor = torch.maximum((count * self.head_floor).to(torch.int64), must)
         ranked = score.sort(dim=-1, descending=True, stable=True).values
         contest = ranked.masked_fill(torch.arange(tokens, device=score.device) < floor[:, None, None], -torch.inf)
-        place = places(contest.flatten(1))
-        won = place.view(batch, heads, tokens) < ((count - floor) * heads)[:, None, None]
+        place = places(contest.mT.flatten(1))  # of equals the better placed in its own head comes first
+        won = place.view(batch, tokens, heads).mT < ((count - floor) * heads)[:, None, None]
         return floor[:, None] + (won & contest.isfinite()).sum(-1)
 
 
