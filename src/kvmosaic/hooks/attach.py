@@ -15,10 +15,9 @@ from kvmosaic.errors import CacheMismatch, UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.attention import NAME
 from kvmosaic.hooks.cache import Cache
+from kvmosaic.hooks.replay import CACHE_ARGUMENTS
 from kvmosaic.recipe import Recipe
 
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What models call it: from transformers 5.24 on, and before."""
 _HOOKED = "_kvmosaic_hooks"
 _PREVIOUS = "_kvmosaic_previous_attention"
 
@@ -154,10 +153,10 @@ class _Begin:
                 )
             shown = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
             visual = shown if bool(shown.any()) else None
-        cache.begin(self.fingerprint, visual, batch=entering.shape[0], tokens=entering.shape[1])
+        cache.begin(self.fingerprint, entering.shape[0], entering.shape[1], ids, visual)
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     cache = cache_in(kwargs)
     if isinstance(cache, Cache):
-        cache.end()
+        cache.end(failed=output is None)

@@ -1,6 +1,7 @@
 """The cache object that generate carries: one layer per layer of the model."""
 
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from kvmosaic.errors import BadCalibration, CacheInUse, CacheMismatch, RecipeConflict, UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.layer import CacheLayer
+from kvmosaic.hooks.replay import replay
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
 from kvmosaic.selection import Evicting
@@ -28,10 +30,13 @@ class Cache(TransformersCache):  # type: ignore[misc]
     Works in every mode of generate, over several turns, copied with `copy.deepcopy` for a shared prefix. Layers that
     do not attend to the whole context (sliding windows, linear attention) keep transformers' own cache. Making a cache
     sets the model's attention to kvmosaic's, which serves other caches as SDPA does.
+    whole_prompt: the first prompt may come in several forward passes and is selected from and stored as a whole, when the
+        first single token comes or `settle` is called; until then its tokens wait, exact, with their queries. Otherwise each
+        forward pass of several tokens is a prompt of its own, so that long prompts in chunks never lie in memory whole.
     Raises UnsupportedModel, with the reason, for a model that it cannot serve.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe) -> None:
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, *, whole_prompt: bool = False) -> None:
         from kvmosaic.hooks.attach import prepare  # attach makes caches, and a cache attaches
 
         self.recipe = recipe
@@ -50,6 +55,17 @@ class Cache(TransformersCache):  # type: ignore[misc]
             prepare(model)
         self._types = models.layer_types(model.config)
         _check_selection(recipe, len(self._types))
+        self._in_pieces = whole_prompt
+        self._replay = None if recipe.selection is None else recipe.selection.replay
+        self._whole = whole_prompt or self._replay is not None
+        if self._whole and recipe.prefill is not None:
+            raise RecipeConflict(
+                f"{recipe.name or 'the recipe'} changes how a prompt's attention is computed, so its pieces cannot wait for the "
+                "whole. Leave whole_prompt out, or drop `prefill` (zipvl sparse=false)"
+            )
+        self._model = weakref.ref(model)  # which replays a prompt to score its tokens
+        self._replaying = False
+        self._prompt: list[Tensor] = []  # the ids of the first prompt, until it is settled; only for that
         self._shape = _shape(model) if recipe.selection is not None and recipe.selection.sized else None
         self._frequencies = {
             kind: models.frequencies(model, kind) for kind, _ in self._types if recipe.selection is not None
@@ -72,10 +88,13 @@ class Cache(TransformersCache):  # type: ignore[misc]
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def begin(self, fingerprint: str, visual: Tensor | None, batch: int, tokens: int) -> None:
+    def begin(
+        self, fingerprint: str, batch: int, tokens: int, ids: Tensor | None = None, visual: Tensor | None = None
+    ) -> None:
         """A forward pass over `tokens` new tokens of `batch` rows starts; called by the hook on the model (`hooks/attach.py`).
 
-        visual [B, T] bool: which of them are visual; None = none. `end` follows, whatever is raised.
+        ids [B, T]: of the tokens; None = they came as embeddings. visual [B, T] bool: which of them are visual; None = none.
+        `end` follows, whatever is raised.
         """
         thread = threading.get_ident()
         if self._running.setdefault("thread", thread) != thread:
@@ -100,7 +119,11 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"{seen + tokens} tokens are more than the model's context of {self._context}. Shorten the prompt, or load "
                 "the model with a larger max_position_embeddings (and a rotary scaling that suits it)"
             )
-        if self._shape is not None and not seen:
+        if tokens == 1 and seen:
+            self.settle()
+        if self._replay is not None and self._running["depth"] == 1 and not self._replaying:
+            self._note(ids)
+        if self._shape is not None and not seen and not self._whole:
             self._resolve(self._shape, batch, tokens, 0 if visual is None else int(visual.sum(1).max()))
         for layer in self.layers:
             if isinstance(layer, CacheLayer):
@@ -115,15 +138,52 @@ class Cache(TransformersCache):  # type: ignore[misc]
             if isinstance(layer, CacheLayer):
                 layer.recipe = recipe
 
-    def end(self) -> None:
-        """The forward pass that this thread began is over."""
+    def end(self, failed: bool = False) -> None:
+        """The forward pass that this thread began is over, or an exception ended it."""
         if self._running.get("thread") == threading.get_ident():
             self._running["depth"] -= 1
             if self._running["depth"] <= 0:
                 self._running.clear()
+                if not self._in_pieces and not failed:
+                    self.settle()
+
+    def _note(self, ids: Tensor | None) -> None:
+        """Remember the ids of a prompt that will be fed again."""
+        if not any(isinstance(layer, CacheLayer) and layer.reading for layer in self.layers):
+            return
+        if ids is None:
+            raise ValueError("this method feeds the prompt again to score its tokens, and needs input_ids to do so")
+        self._prompt.append(ids)
+
+    def settle(self) -> None:
+        """The first prompt is complete: select from it and store it. Does nothing if that is done already.
+
+        With `whole_prompt`, for callers that go on with a turn of several tokens; a single token settles by itself.
+        """
+        waiting = [layer for layer in self.layers if isinstance(layer, CacheLayer) and layer.reading and layer.pending]
+        if not waiting or self._replaying:
+            return
+        if self._replay is not None:
+            self._replaying = True
+            try:
+                replay(self._model(), self, torch.cat(self._prompt, 1), self._replay, waiting)
+            finally:
+                self._replaying = False
+            self._prompt = []
+        held = waiting[0].pending
+        if self._shape is not None and held is not None:
+            visual = 0 if held.visual is None else int(held.visual.sum(1).max())
+            self._resolve(self._shape, held.keys.shape[0], len(held), visual)
+        for layer in waiting:
+            layer.settle()
+
+    def activate_past_recording(self) -> None:
+        self.settle()  # generate asks for it once the prompt is there
+        super().activate_past_recording()
 
     def reset(self) -> None:
         """Empty, as when it was made."""
+        self._prompt = []
         self.layers = self._empty_layers()  # transformers 5.17 only zeroes its own layers' numbers
         self._running.clear()
         self.pinned = False
@@ -162,7 +222,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def _empty_layers(self) -> list[Any]:
         return [
-            CacheLayer(index, len(self._types), self.recipe, self._frequencies.get(kind))
+            CacheLayer(index, len(self._types), self.recipe, self._frequencies.get(kind), self._whole)
             if kind == "full_attention" and not self.recipe.is_exact
             else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for index, (kind, arguments) in enumerate(self._types)

@@ -54,6 +54,16 @@ class Selection(Protocol):
         return False
 
     @property
+    def replay(self) -> int | None:
+        """How many tokens of the first prompt are fed again at a time, to score them by what that pays to each; None = scores
+        come from the prompt's own pass. With it, `assign_scored(step, score)` is asked for the first prompt."""
+        return None
+
+    def assign_scored(self, step: Step, score: Tensor) -> Tensor:
+        """`assign` with scores [B, H, T] float32 at hand, for selections that are told them."""
+        return self.assign(step)
+
+    @property
     def sized(self) -> bool:
         """Whether its budget is a size of memory, which is `resolved` when a prompt comes."""
         return False
@@ -96,11 +106,6 @@ class Evicting(Selection):
     @abstractmethod
     def protected(self, step: Step) -> Tensor:
         """[B, T] bool: the tokens of a prompt or a later turn that never leave."""
-        ...
-
-    @abstractmethod
-    def assign_scored(self, step: Step, score: Tensor) -> Tensor:
-        """`assign` with those scores at hand: they cost as much as the prompt's attention."""
         ...
 
     @abstractmethod

@@ -128,6 +128,23 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([one * cos - other * sin, other * cos + one * sin, rest], -1)
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """The greatest share of attention that a token receives while the prompt is fed again after itself, `replay` tokens at a
+    time, from the repetition of its own piece (KVzip, arXiv:2505.23416). Measured by the hook (`hooks/replay.py`); the
+    tokens of later turns all score alike.
+    """
+
+    replay: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.replay < 1:
+            raise ValueError(f"replay is how many tokens are fed again at a time, at least 1, got {self.replay}")
+
+    def score(self, step: Step) -> Tensor:
+        return torch.zeros(step.keys.shape[:3], device=step.keys.device)
+
+
 SCORERS: dict[str, Scorer] = {
     "snapkv": WindowAttention(32, 7, "max"),
     "snapkv_mean": WindowAttention(8, 7, "mean"),  # as XKV's code has it

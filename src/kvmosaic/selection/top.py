@@ -10,7 +10,7 @@ from torch import Tensor
 from kvmosaic.selection.base import DROP, Evicting, Selection, Step, places
 from kvmosaic.selection.budget import Budget
 from kvmosaic.selection.layers import LayerBudgets
-from kvmosaic.selection.scores import Recency, Scorer
+from kvmosaic.selection.scores import Recency, Reconstruction, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,13 @@ class TopTokens(Selection):
     def _of(self, tokens: int) -> Self:
         return replace(self, budget=replace(self.budget, tokens=tokens, gigabytes=None))
 
+    @property
+    def replay(self) -> int | None:
+        return self.scorer.replay if isinstance(self.scorer, Reconstruction) else None
+
     def assign(self, step: Step) -> Tensor:
+        if self.replay is not None:  # a later turn, which is not fed again: it stays whole
+            return torch.zeros(step.keys.shape[:3], dtype=torch.int8, device=step.keys.device)
         return self.assign_scored(step, self.scorer.score(step))
 
     def assign_scored(self, step: Step, score: Tensor) -> Tensor:
