@@ -126,8 +126,8 @@ def resolve(recipe: Recipe, shape: Shape, batch: int, tokens: int, visual: int =
     if recipe.selection is None or not recipe.selection.sized:
         return recipe
 
-    def nbytes(selection: Selection) -> int:
-        return batch * cache_bytes(shape, replace(recipe, selection=selection), tokens, visual)
+    def nbytes(selection: Selection, length: int) -> int:
+        return batch * cache_bytes(shape, replace(recipe, selection=selection), length, visual)
 
     return replace(recipe, selection=recipe.selection.resolved(tokens, visual, nbytes))
 

@@ -72,7 +72,7 @@ def test_epsilon_makes_long_values_count():
 @pytest.mark.parametrize("kind", [kind for kind in models.KINDS if kind != "gpt_oss"])
 def test_the_models_own_rotation_is_found(kind):
     model = models.model(kind)
-    found = hooks.frequencies(model, "full_attention")
+    found = torch.tensor(hooks.frequencies(model, "full_attention"))
     config = model.config.get_text_config()
     assert found.shape == (16,) and found[0] == 1
     base = config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]

@@ -64,7 +64,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 "whole. Leave whole_prompt out, or drop `prefill` (zipvl sparse=false)"
             )
         self._model = weakref.ref(model)  # which replays a prompt to score its tokens
-        self._replaying = False
+        self._replaying = self._recording = False
         self._prompt: list[Tensor] = []  # the ids of the first prompt, until it is settled; only for that
         self._shape = _shape(model) if recipe.selection is not None and recipe.selection.sized else None
         self._frequencies = {
@@ -144,7 +144,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
             self._running["depth"] -= 1
             if self._running["depth"] <= 0:
                 self._running.clear()
-                if not self._in_pieces and not failed:
+                if not self._in_pieces and not failed and not self._recording:
                     self.settle()
 
     def _note(self, ids: Tensor | None) -> None:
@@ -166,7 +166,9 @@ class Cache(TransformersCache):  # type: ignore[misc]
         if self._replay is not None:
             self._replaying = True
             try:
-                replay(self._model(), self, torch.cat(self._prompt, 1), self._replay, waiting)
+                replay(
+                    self._model(), self, torch.cat(self._prompt, 1)[:, : self.get_seq_length()], self._replay, waiting
+                )
             finally:
                 self._replaying = False
             self._prompt = []
@@ -178,12 +180,17 @@ class Cache(TransformersCache):  # type: ignore[misc]
             layer.settle()
 
     def activate_past_recording(self) -> None:
-        self.settle()  # generate asks for it once the prompt is there
+        self.settle()
+        self._recording = True
         super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.settle()  # the prompt came together with tokens that were guessed
 
     def reset(self) -> None:
         """Empty, as when it was made."""
-        self._prompt = []
+        self._prompt, self._recording = [], False
         self.layers = self._empty_layers()  # transformers 5.17 only zeroes its own layers' numbers
         self._running.clear()
         self.pinned = False

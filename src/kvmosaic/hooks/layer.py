@@ -30,11 +30,16 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
 
     def __init__(
-        self, index: int, layers: int, recipe: Recipe, frequencies: Tensor | None = None, whole_prompt: bool = False
+        self,
+        index: int,
+        layers: int,
+        recipe: Recipe,
+        frequencies: tuple[float, ...] | None = None,
+        whole_prompt: bool = False,
     ) -> None:
         super().__init__()
         self.index, self.layers, self.recipe = index, layers, recipe
-        self.frequencies = frequencies  # of the model's rotary embedding; the model's own bytes, not the cache's
+        self.frequencies = frequencies  # of the model's rotary embedding, radians a place
         self.whole_prompt = self.reading = (
             whole_prompt  # tokens wait until `settle` says that the first prompt is there
         )
@@ -370,7 +375,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             earlier = (self.seen - self.padding)[:, None]
         place = torch.where(valid, earlier + valid.cumsum(1) - 1, -1)
         visual = torch.zeros_like(valid) if new.visual is None else new.visual
-        return Step(self.index, self.layers, query, new.keys, new.values, scale, place, visual, self.frequencies)
+        turns = None if self.frequencies is None else torch.tensor(self.frequencies, device=query.device)
+        return Step(self.index, self.layers, query, new.keys, new.values, scale, place, visual, turns)
 
     def _settle(self, new: Pending) -> None:
         before, self.visual = self.pending, None

@@ -77,14 +77,14 @@ def context(config: Any) -> int | None:
     return max(scaled)
 
 
-def frequencies(model: PreTrainedModel, kind: str) -> Tensor | None:
-    """[R] of the rotary embedding of the text model's layers of this kind; None if there is none that turns halves."""
+def frequencies(model: PreTrainedModel, kind: str) -> tuple[float, ...] | None:
+    """Radians a place, R of them, of the rotary embedding of the text model's layers of this kind; None if there is none that turns halves."""
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     found = getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None))
     turn = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
     # some families turn neighbours (x0, x1) instead of halves (x0, xR); their function tells
     halves = turn is not None and turn(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
-    return found.float() if halves and isinstance(found, Tensor) else None
+    return tuple(found.tolist()) if halves and isinstance(found, Tensor) else None
 
 
 def visual_ids(config: Any) -> tuple[int, ...]:

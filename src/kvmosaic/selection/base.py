@@ -68,9 +68,9 @@ class Selection(Protocol):
         """Whether its budget is a size of memory, which is `resolved` when a prompt comes."""
         return False
 
-    def resolved(self, tokens: int, visual: int, nbytes: Callable[["Selection"], int]) -> "Selection":
+    def resolved(self, tokens: int, visual: int, nbytes: Callable[["Selection", int], int]) -> "Selection":
         """The same with a count of tokens for a prompt of `tokens`, `visual` of them visual: the greatest with which the
-        cache, of `nbytes` of a selection, is no larger than asked. Raises ValueError if what must stay is larger."""
+        cache, of `nbytes` of a selection and a length, is no larger than asked. Raises ValueError if what must stay is larger."""
         return self
 
 

@@ -60,23 +60,28 @@ class TopTokens(Selection):
     def sized(self) -> bool:
         return self.budget.gigabytes is not None
 
-    def resolved(self, tokens: int, visual: int, nbytes: Callable[[Selection], int]) -> Self:
+    def resolved(self, tokens: int, visual: int, nbytes: Callable[[Selection, int], int]) -> Self:
         if self.budget.gigabytes is None:
             return self
         room, protect = self.budget.gigabytes * 1e9, self.budget.protect
         by_kind = visual * protect.visual + (tokens - visual) * protect.text
         least = min(tokens, max(1, self._first + self.recent, by_kind))
-        if nbytes(self._of(least)) > room:
+        if nbytes(self._of(least), tokens) > room:
             raise ValueError(
                 f"gigabytes={self.budget.gigabytes} cannot hold the {least} tokens of a prompt of {tokens} that always stay "
-                f"({by_kind or self._first} protected, {self.recent} recent): they take {nbytes(self._of(least)) / 1e9:.3g}. "
+                f"({by_kind or self._first} protected, {self.recent} recent): they take {nbytes(self._of(least), tokens) / 1e9:.3g}. "
                 "Raise gigabytes=, protect fewer, or keep tokens in fewer bits"
             )
-        low, high = least, tokens + 1
+        low, high = least, self._most(tokens) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if nbytes(self._of(middle)) <= room else (low, middle)
+            fits = nbytes(self._of(middle), max(middle, tokens)) <= room
+            low, high = (middle, high) if fits else (low, middle)
         return self._of(low)
+
+    def _most(self, tokens: int) -> int:
+        """The greatest budget that means something for a prompt."""
+        return tokens
 
     def _of(self, tokens: int) -> Self:
         return replace(self, budget=replace(self.budget, tokens=tokens, gigabytes=None))
@@ -149,13 +154,16 @@ class HeavyHitters(TopTokens, Evicting):
 
     head_floor: None = None
 
-    def resolved(self, tokens: int, visual: int, nbytes: Callable[[Selection], int]) -> Self:
+    def resolved(self, tokens: int, visual: int, nbytes: Callable[[Selection, int], int]) -> Self:
         found = super().resolved(tokens, visual, nbytes)
         if found is self or found.budget.tokens is None:
             return found
         # a token comes before another leaves: without a slot to spare that would open a block of 32
         spare = (found.budget.tokens + 1) // 32 * 32 - 1
         return self._of(spare) if spare >= max(1, self._first + self.recent) else found
+
+    def _most(self, tokens: int) -> int:
+        return max(tokens, 2**32)  # what is generated counts, too
 
     def score(self, step: Step) -> Tensor:
         return self.scorer.score(step).masked_fill(self.protected(step)[:, None], torch.inf)
