@@ -15,7 +15,7 @@ from kvmosaic.errors import CacheMismatch, UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.attention import NAME
 from kvmosaic.hooks.cache import Cache
-from kvmosaic.hooks.replay import CACHE_ARGUMENTS
+from kvmosaic.hooks.models import CACHE_ARGUMENTS
 from kvmosaic.recipe import Recipe
 
 _HOOKED = "_kvmosaic_hooks"

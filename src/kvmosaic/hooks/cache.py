@@ -207,6 +207,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def pin(self, tokens: int, live: Tensor) -> None:
         """Every step from now on is one token a row, `tokens` at most; see `CacheLayer.pin`."""
+        self.settle()
         for layer in self.layers:
             layer.pin(tokens, live)
         self.pinned = True

@@ -10,6 +10,9 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kvmosaic.errors import UnsupportedModel
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What models call the cache: from transformers 5.24 on, and before."""
+
 REFUSED = {
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "longcat_flash", "minicpm3", "glm4_moe_lite"),

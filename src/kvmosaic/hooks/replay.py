@@ -12,9 +12,6 @@ from kvmosaic.errors import UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.layer import CacheLayer
 
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What models call it: from transformers 5.24 on, and before."""
-
 LEAD = 8
 """Tokens before each piece that are fed with it, so that its first ones find their place."""
 
@@ -44,7 +41,7 @@ def replay(model: Any, cache: Any, ids: Tensor, size: int, layers: Sequence[Cach
     assert waiting is not None, "only a prompt that waits is fed again"
     valid = torch.ones_like(ids, dtype=torch.bool) if waiting.valid is None else waiting.valid
     decoder: nn.Module = model.get_decoder()
-    name = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(decoder.forward).parameters)
+    name = next(name for name in models.CACHE_ARGUMENTS if name in inspect.signature(decoder.forward).parameters)
     whole = list(cache.layers)
     # rows are fed from their own first token, so that padding moves no border between pieces
     present = valid.sum(1, keepdim=True)
