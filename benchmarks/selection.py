@@ -120,14 +120,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=f"{model}: {task}", xlabel="compression, whole cache", xscale="log")
         axes.set_ylabel("perplexity" if perplexity else "share right")
         axes.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+        axes.minorticks_off()
         axes.title.set_fontsize(9)
         if perplexity:
             axes.invert_yaxis()
-    handles, labels = {}, []
+    entries: dict[str, Any] = {}
     for axes in all_axes:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    labels = list(handles)
-    figure.legend([handles[each] for each in labels], labels, loc="outside lower center", ncols=8, fontsize=8)
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=8, fontsize=8)
     figure.savefig(path, dpi=70)
 
 
