@@ -55,6 +55,9 @@ class Protect:
         return found & step.valid
 
 
+UNPROTECTED = Protect()
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many tokens of a prompt stay in each KV head: a share of them (`keep`), a count (`tokens`), or as many as a cache
@@ -66,7 +69,7 @@ class Budget:
     keep: float | None = None
     tokens: int | None = None
     gigabytes: float | None = None
-    protect: Protect = Protect()
+    protect: Protect = UNPROTECTED
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in ("keep", "tokens", "gigabytes")}
