@@ -40,9 +40,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.index, self.layers, self.recipe = index, layers, recipe
         self.frequencies = frequencies  # of the model's rotary embedding, radians a place
-        self.whole_prompt = self.reading = (
-            whole_prompt  # tokens wait until `settle` says that the first prompt is there
-        )
+        self.whole_prompt = self.reading = whole_prompt  # reading: tokens wait until `settle` ends the first prompt
         self.replayed: Tensor | None = None  # [B, T], the tokens of the prompt that are being fed again, to be scored
         self.scale = 0.0
         self.seen = 0
@@ -259,8 +257,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """The first prompt is complete: select from it and store it, as if it had come in one piece."""
         if not self.reading or self.pending is None:
             return
-        waiting, self.pending, self.reading = self.pending, None, False
-        query, waiting = waiting.query, replace(waiting, query=None)
+        held, self.pending, self.reading = self.pending, None, False
+        query, waiting = held.query, replace(held, query=None)
         if self.recipe.selection is not None and self.recipe.selection.replay is not None:
             assert waiting.score is not None, "a prompt is replayed before it is settled"
             step = self._step(waiting, waiting.keys, self.scale, before=0)
@@ -270,7 +268,11 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             waiting = self._assigned(waiting, query, self.scale, before=0)
         if query is not None:
             self._project(waiting, query, self.scale, before=0)
-        self.store(waiting)
+        try:
+            self.store(waiting)
+        except NotFinite:  # the prompt goes on waiting
+            self.pending, self.reading = held, True
+            raise
 
     def _over_all(
         self,

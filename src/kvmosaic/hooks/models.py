@@ -81,7 +81,8 @@ def context(config: Any) -> int | None:
 
 
 def frequencies(model: PreTrainedModel, kind: str) -> tuple[float, ...] | None:
-    """Radians a place, R of them, of the rotary embedding of the text model's layers of this kind; None if there is none that turns halves."""
+    """Of the rotary embedding of the text model's layers of this kind, radians a place; None if none that turns halves is
+    found."""
     rotary = getattr(model.get_decoder(), "rotary_emb", None)
     found = getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None))
     turn = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)

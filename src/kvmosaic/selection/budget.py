@@ -61,7 +61,8 @@ UNPROTECTED = Protect()
 @dataclass(frozen=True)
 class Budget:
     """How many tokens of a prompt stay in each KV head: a share of them (`keep`), a count (`tokens`), or as many as a cache
-    of so many `gigabytes` (10^9 bytes, of all layers and sequences, right after the prompt) can hold; one of the three.
+    of so many `gigabytes` (10^9 bytes, of all layers and sequences, right after the first prompt) can hold; one of the three.
+    Later turns, and chunks of a prompt unless the cache takes it whole (`Cache(whole_prompt=True)`), have budgets of their own.
 
     Raises ValueError if several or none is given, for a share outside (0, 1], a count below 1, or a size not above 0.
     """
@@ -103,7 +104,8 @@ class Budget:
 
 OPTIONS = """keep: share of the prompt's tokens that stays in each KV head, in the mean where layers or heads differ ({default} if no
     budget is given).
-tokens: how many stay, instead. gigabytes: as many as a cache of that size (10^9 bytes) holds, instead.
+tokens: how many stay of each prompt, instead.
+gigabytes: as many as a cache of that size (10^9 bytes) holds right after the first prompt, instead.
 protect: prompt tokens that are never dropped: a count of the first ones, visual, text, or both as 4+visual.
 """
 
