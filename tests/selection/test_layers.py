@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 
-from kvmosaic import methods
+from kvmosaic import Cache, methods
 from kvmosaic.calibration import Calibration
 from kvmosaic.errors import BadCalibration, NeedsCalibration
+from kvmosaic.hooks.models import fingerprint
 from kvmosaic.selection import Budget, Profiled, Recency, TopTokens
 from kvmosaic.selection.layers import retained
+from tests import models
+from tests.models import Row, generate, prompt
 from tests.selection.test_top import kept, step
 
 
@@ -88,3 +91,15 @@ def test_profiles_that_rise_or_do_not_fit_are_refused():
         Profiled(torch.tensor([[0.1, 0.9]]))
     with pytest.raises(ValueError, match="4 layers, and this one has 8"):
         Profiled(concave(4, 10)).share(0.5, 0, 8)
+
+
+def test_a_profile_of_another_model_is_refused_and_one_of_this_model_serves(tmp_path):
+    model = models.model("llama")
+    with pytest.raises(BadCalibration, match=r"calibrated for this model, and this model is llama"):
+        Cache(model, methods.parse(f"xkv profile={saved(tmp_path / 'other.safetensors')}"))
+    own = Calibration("xkv", {"scorer": "snapkv_mean"}, fingerprint(model.config), "none", {"gains": concave(2, 50)})
+    own.save(tmp_path / "own.safetensors")
+    cache = Cache(model, methods.parse(f"xkv keep=0.3 profile={tmp_path / 'own.safetensors'}"))
+    generate(model, prompt("llama", Row(300, 0)), cache, 2)
+    counts = [int(layer.stores["tier 0"].length[0, 0]) - 1 for layer in cache.layers]
+    assert sum(counts) == pytest.approx(180, abs=2) and counts[0] != counts[1]
