@@ -21,7 +21,7 @@ RESULTS, PAGE, PICTURE = (ROOT / "docs" / f"selection.{kind}" for kind in ("json
 
 AT_PROMPT = ("snapkv", "pyramidkv", "adakv", "expected_attention", "h2o_prefill")
 TEXT_ONLY = ("kvzip", "kvzip floor=0.1")
-UNIFORM = "adakv floor=1.0 scorer=snapkv_mean recent=8"  # xkv's scorer with equal layers
+UNIFORM = "snapkv window=8 pooling=mean"  # xkv's scorer with equal layers
 
 
 def budgets(*names: str) -> list[str]:

@@ -16,7 +16,7 @@ def uneven():
 @pytest.mark.parametrize("scorer", ["snapkv", "snapkv_mean", "h2o", "expected_attention"])
 @pytest.mark.parametrize("floor", [0.0, 0.2, 0.7])
 def test_heads_spend_the_budget_together_and_none_falls_below_its_floor(scorer, floor):
-    counts = kept(methods.adakv(tokens=20, floor=floor, scorer=scorer, recent=4).selection, uneven()).sum(-1)
+    counts = kept(methods.adakv(tokens=20, floor=floor, scorer=scorer, window=4).selection, uneven()).sum(-1)
     assert counts.sum() == 80
     assert counts.min() >= max(4, int(20 * floor))
 
@@ -29,11 +29,11 @@ def test_without_a_contest_it_is_snapkv():
 def test_equal_heads_keep_as_many():
     at = step(101, heads=4, groups=1)
     at = at._replace(**{name: getattr(at, name)[:, :1].expand(-1, 4, -1, -1) for name in ("query", "keys", "values")})
-    assert kept(methods.adakv(tokens=20, floor=0.0, recent=4).selection, at).sum(-1).tolist() == [[20] * 4]
+    assert kept(methods.adakv(tokens=20, floor=0.0, window=4).selection, at).sum(-1).tolist() == [[20] * 4]
 
 
 def test_without_a_floor_the_best_of_all_heads_stay():
     at = uneven()
-    selection = methods.adakv(tokens=20, floor=0.0, scorer="h2o", recent=0).selection
+    selection = methods.adakv(tokens=20, floor=0.0, scorer="h2o", window=0).selection
     score = selection.scorer.score(at)
     assert torch.equal(kept(selection, at).flatten(1), score.flatten(1) >= score.flatten().topk(80).values[-1])

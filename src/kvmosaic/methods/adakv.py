@@ -6,17 +6,26 @@ side in blocks as long as the longest, so that a layer's bytes follow its greedi
 """
 
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Budget, TopTokens, budgeted, scorer_of
+from kvmosaic.selection import Budget, TopTokens, WindowAttention, budgeted, scorer_of
 
 
 @budgeted(keep=0.25)
-def adakv(budget: Budget, *, floor: float = 0.2, scorer: str = "snapkv", recent: int = 32) -> Recipe:
+def adakv(
+    budget: Budget,
+    *,
+    floor: float = 0.2,
+    scorer: str = "snapkv",
+    window: int = 32,
+    kernel: int = 7,
+    pooling: str = "max",
+) -> Recipe:
     """floor: share of the mean budget that every head keeps; 1 = no contest (the paper's alpha).
 
     scorer: what scores tokens: snapkv, snapkv_mean, h2o or expected_attention.
-    recent: the newest tokens, which always stay.
+    window: how many of the newest tokens stay; snapkv's queries are those.
+    kernel, pooling: of snapkv's scores over neighbouring tokens.
 
     Generated tokens all stay.
     """
-    selection = TopTokens(scorer=scorer_of(scorer), budget=budget, recent=recent, head_floor=floor)
-    return Recipe(selection=selection)
+    chosen = WindowAttention(window, kernel, pooling) if scorer == "snapkv" else scorer_of(scorer)
+    return Recipe(selection=TopTokens(scorer=chosen, budget=budget, recent=window, head_floor=floor))
