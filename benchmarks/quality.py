@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,41 @@ def search_calibrations(opened: Opened, pictures: int) -> list[dict[str, Any]]:
     return found
 
 
+def read(path: Path) -> dict[str, Any]:
+    """What was measured earlier."""
+    return json.loads(path.read_text()) if path.exists() else {"rows": [], "calibration": []}
+
+
+def measure(
+    opened: Opened,
+    tasks: dict[str, int],
+    recipes: Sequence[str],
+    results: dict[str, Any],
+    path: Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    limit: int | None = None,
+) -> None:
+    """Add the rows that `results` lack, and write them to `path` as they come. tasks: with their examples a seed, for which
+    `limit` can stand."""
+    with progress() as bar:
+        total = bar.add_task(opened.name, total=len(tasks) * len(recipes))
+        for label, examples in tasks.items():
+            (task,) = suite.parse(label)
+            for recipe in recipes:
+                bar.update(total, description=f"{opened.name}: {label}: {recipe}")
+                key = {"model": opened.name, "task": label, "method": recipe, "seeds": list(seeds)}
+                key |= {"examples": limit or examples, "dtype": str(opened.model.dtype).removeprefix("torch.")}
+                if not any(key.items() <= row.items() for row in results["rows"]):
+                    # out/ is relative to the repository
+                    parsed = methods.parse(recipe.replace("=out/", f"={CALIBRATIONS}/"))
+                    row = harness.score(opened, parsed, task, seeds=seeds, limit=key["examples"])
+                    results["rows"].append(row | key | {"machine": machine()})
+                    with whole_file(path) as part:
+                        part.write_text(json.dumps(results, indent=1) + "\n")
+                bar.advance(total)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", choices=list(SUITE), default=list(SUITE))
@@ -102,32 +138,13 @@ def main() -> None:
         RESULTS.unlink(missing_ok=True)
         for file in CALIBRATIONS.glob("mosaic-vlm-*.safetensors"):
             file.unlink()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": [], "calibration": []}
-    with progress() as bar:
-        for name in arguments.models:
-            tasks, recipes = SUITE[name]
-            opened = open_quietly(name, arguments.dtype)
-            total = bar.add_task(name, total=len(tasks) * len(recipes))
-            if name == "mosaic-vlm":
-                bar.update(total, description="searching calibrations")
-                results["calibration"] += search_calibrations(opened, arguments.pictures)
-            for label, examples in tasks.items():
-                (task,) = suite.parse(label)
-                for recipe in recipes:
-                    bar.update(total, description=f"{name}: {label}: {recipe}")
-                    key = {"model": name, "task": label, "method": recipe, "seeds": arguments.seeds}
-                    key |= {
-                        "examples": arguments.limit or examples,
-                        "dtype": str(opened.model.dtype).removeprefix("torch."),
-                    }
-                    if not any(key.items() <= row.items() for row in results["rows"]):
-                        # out/ is relative to the repository
-                        parsed = methods.parse(recipe.replace("=out/", f"={CALIBRATIONS}/"))
-                        row = harness.score(opened, parsed, task, seeds=arguments.seeds, limit=key["examples"])
-                        results["rows"].append(row | key | {"machine": machine()})
-                        with whole_file(RESULTS) as part:
-                            part.write_text(json.dumps(results, indent=1) + "\n")
-                    bar.advance(total)
+    results = read(RESULTS)
+    for name in arguments.models:
+        tasks, recipes = SUITE[name]
+        opened = open_quietly(name, arguments.dtype)
+        if name == "mosaic-vlm":
+            results["calibration"] += search_calibrations(opened, arguments.pictures)
+        measure(opened, tasks, recipes, results, RESULTS, seeds=arguments.seeds, limit=arguments.limit)
 
 
 if __name__ == "__main__":

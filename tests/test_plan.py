@@ -21,9 +21,9 @@ RECIPES = [
     "turboquant bits=2.5 outliers=8",
     "turboquant bits=3 variant=prod",
     "snapkv keep=0.3",
-    "snapkv tokens=40 window=8 pyramid=True | kivi residual=32",
+    "pyramidkv tokens=40 | kivi residual=32",
     "h2o keep=0.3",
-    "streaming_llm recent=50 | turboquant bits=3",
+    "streaming_llm tokens=54 | turboquant bits=3",
     "zipcache",
     "think",
     "think channels=20 recent=8 | snapkv keep=0.3",
@@ -131,6 +131,12 @@ def test_what_is_planned_to_fit_fits_and_no_more() -> None:
     assert size(row["longest_context"]) <= room < size(row["longest_context"] + 1)
     one = plan.cache_bytes(shape, recipe, 4096, 3328)
     assert row["largest_batch"] * one <= room < (row["largest_batch"] + 1) * one
+
+
+def test_a_budget_of_memory_is_planned_to_its_size() -> None:
+    shape = plan.Shape.of(plan.load_config("llama-3.1-8b"))
+    row = plan.row(shape, methods.parse("snapkv gigabytes=2"), context=32768, batch=4, visual=0, memory=None, weights=0)
+    assert 1.99e9 < row["cache_bytes"] <= 2e9
 
 
 def test_nothing_fits_beside_weights_that_are_too_large() -> None:

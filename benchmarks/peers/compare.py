@@ -31,20 +31,20 @@ ROOT = Path(__file__).parent.parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "peers.json", ROOT / "docs" / "peers.md"
 KVPRESS = Path(__file__).parent / ".venv" / "bin" / "python"
 
-SNAPKV = "snapkv keep={keep} window=64 kernel=5 pooling=mean"  # as kvpress sets it
-EXPECTED = "expected_attention keep={keep}"
+WINDOW = "keep={keep} window=64 kernel=5 pooling=mean"  # as kvpress sets it
 OURS = {
-    "SnapKV": SNAPKV,
+    "SnapKV": f"snapkv {WINDOW}",
     "ObservedAttention": "h2o_prefill keep={keep} recent=0 normalize=true",
-    "StreamingLLM": "streaming_llm recent={recent}",
-    "PyramidKV": f"{SNAPKV} pyramid=true",
-    "AdaKV(SnapKV)": f"{SNAPKV} head_floor=0.2",
-    "ExpectedAttention": EXPECTED,
-    "AdaKV(ExpectedAttention)": f"{EXPECTED} head_floor=0.2",
+    "StreamingLLM": "streaming_llm keep={keep}",
+    "PyramidKV": f"pyramidkv {WINDOW}",
+    "AdaKV(SnapKV)": f"adakv {WINDOW}",
+    "ExpectedAttention": "expected_attention keep={keep} epsilon=0",
+    "AdaKV(ExpectedAttention)": "adakv scorer=expected_attention keep={keep}",
+    "KVzip": "kvzip keep={keep} floor=0",
     "ThinK": "think pruned={pruned}",
     "bits in place of tokens": "mosaic bits=2",
 }
-"""kvpress's names, and what we run beside each; {recent} is the kept share of a context less four sinks."""
+"""kvpress's names, and what we run beside each."""
 
 TASKS = {  # label: examples, and whether each question is part of its context
     "lines lines=40 questions=8": (6, False),
@@ -84,13 +84,12 @@ def examples(opened: Opened, label: str, count: int, asked: bool) -> Iterator[di
 
 
 @torch.inference_mode()
-def score(opened: Opened, text: str, keep: float, asked: list[dict[str, Any]]) -> dict[str, Any]:
+def score(opened: Opened, text: str, asked: list[dict[str, Any]]) -> dict[str, Any]:
     """One of our methods, as `rival.score`."""
     found: dict[str, Any] = {"written": [], "losses": [], "held": []}
     for example in asked:
         context = torch.tensor([example["context"]])
-        recent = int(context.shape[1] * keep) - 4
-        cache = Cache(opened.model, methods.parse(text.replace("{recent}", str(recent))))
+        cache = Cache(opened.model, methods.parse(text))
         opened.model(input_ids=context, past_key_values=cache, logits_to_keep=1)
         found["held"].append(cache.nbytes())
         for turn in example["turns"]:
@@ -171,12 +170,11 @@ def measure(name: str, labels: list[str], keeps: list[float]) -> list[dict[str, 
     for each in kvpress(name, tasks, keeps):
         add("kvpress", each["task"], each["method"], each["keep"], each, None)
     for task, asked in tasks.items():
-        add("kvmosaic", task, "all", 1.0, score(opened, "exact", 1.0, asked), "exact")
+        add("kvmosaic", task, "all", 1.0, score(opened, "exact", asked), "exact")
         for method, text in OURS.items():
             for keep in keeps if "{" in text else [1.0]:
                 recipe = text.replace("{keep}", f"{keep:g}").replace("{pruned}", f"{1 - keep:g}")
-                told = recipe.replace("{recent}", f"{keep:g}T-4")
-                add("kvmosaic", task, method, keep, score(opened, recipe, keep, asked), told)
+                add("kvmosaic", task, method, keep, score(opened, recipe, asked), recipe)
     return rows
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -21,7 +21,7 @@ from kvmosaic.hooks import models
 from kvmosaic.kernels.layout import BLOCK, bytes_per_block
 from kvmosaic.loading import read_config
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Evicting
+from kvmosaic.selection import Evicting, Selection
 from kvmosaic.stores import Lane, Tier
 
 CONFIGS = resources.files(__package__) / "configs"
@@ -134,6 +134,20 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
     return total
 
 
+def resolve(recipe: Recipe, shape: Shape, batch: int, tokens: int, visual: int = 0) -> Recipe:
+    """The recipe with a count of tokens in place of a budget in bytes, for `batch` prompts of `tokens` tokens.
+
+    Raises ValueError if what must stay is larger.
+    """
+    if recipe.selection is None or not recipe.selection.sized:
+        return recipe
+
+    def nbytes(selection: Selection, length: int) -> int:
+        return batch * cache_bytes(shape, replace(recipe, selection=selection), length, visual)
+
+    return replace(recipe, selection=recipe.selection.resolved(tokens, visual, nbytes))
+
+
 def _store_bytes(shape: Shape, tier: Tier, recipe: Recipe, layer: int, tokens: int, runs: int) -> int:
     keys, values = tier.lanes(layer)
     stored = shape.channels if recipe.projection is None else recipe.projection.size(shape.channels)
@@ -180,7 +194,8 @@ def row(
 
     @functools.cache
     def sequence(tokens: int) -> int:
-        return cache_bytes(shape, recipe, tokens, round(tokens * visual / context))
+        shown = round(tokens * visual / context)
+        return cache_bytes(shape, resolve(recipe, shape, batch, tokens, shown), tokens, shown)
 
     exact, learned = cache_bytes(shape, Recipe(), context), learned_bytes(shape, recipe)
     total = batch * sequence(context) + learned

@@ -76,6 +76,11 @@ class Recipe:
         return replace(EXACT, keys=lane, values=lane)
 
     @property
+    def sees_visual(self) -> bool:
+        """Some tokens are treated otherwise because they are visual."""
+        return self.visual is not None or (self.selection is not None and self.selection.sees_visual)
+
+    @property
     def is_exact(self) -> bool:
         """Nothing is compressed: the cache is transformers' own."""
         return self == Recipe()

@@ -260,3 +260,11 @@ def test_an_unknown_task_is_refused_with_the_nearest_name() -> None:
 def test_impossible_options_are_refused(task: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make(task, **options)
+
+
+def test_a_question_can_end_the_context() -> None:
+    example = tasks.generator("lines")(random.Random(0), lines=7, within=True)
+    *_, last = example.context.splitlines()
+    (question,) = example.questions
+    assert last.startswith("ask ") and last.endswith(":") and question.prompt == ""
+    assert solve_lines(example, last) == question.answer

@@ -215,7 +215,7 @@ def test_layers_beyond_the_caches_are_refused() -> None:
     [
         ("kivy", "no method 'kivy'. Did you mean 'kivi'?"),
         ("h20", "no method 'h20'. Did you mean 'h2o'?"),
-        ("zzz", "no method 'zzz'. There are: calibquant, "),
+        ("zzz", "no method 'zzz'. There are: adakv, calibquant"),
         ("kivi bit=2", "kivi has no option 'bit'. Did you mean 'bits'?"),
         ("kivi colour=2", "kivi has no option 'colour'. It has: bits, key_bits"),
         ("kivi bits", "an option of kivi is written option=value, got 'bits'"),

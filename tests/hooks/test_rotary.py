@@ -76,7 +76,7 @@ def test_what_lies_in_the_store_are_the_keys_of_the_projection() -> None:
     assert store.keys.position.shape[1] == 1
 
 
-@pytest.mark.parametrize("text", ["h2o keep=0.3", "streaming_llm recent=20", "snapkv keep=0.3", "h2o_prefill keep=0.3"])
+@pytest.mark.parametrize("text", ["h2o keep=0.3", "streaming_llm tokens=24", "snapkv keep=0.3", "h2o_prefill keep=0.3"])
 def test_tokens_keep_their_own_positions_when_others_leave(text: str) -> None:
     """Heads that keep different tokens, in a padded batch, while slots are used again."""
     model, inputs = models.model("llama"), prompt("llama", Row(75, 1, 0), Row(58, 3, 1))

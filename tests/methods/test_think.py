@@ -17,7 +17,8 @@ from tests.selection.test_eviction import GROUPS, HEADS, SCALE, SIZE, Stream, la
 
 def step(stream: Stream, tokens: int) -> Step:
     query, keys, values = (each[:, :, :tokens] for each in (stream.query, stream.keys, stream.values))
-    return Step(0, 1, query, keys, values, SCALE, torch.ones(len(query), tokens, dtype=torch.bool))
+    place = torch.arange(tokens).expand(len(query), -1)
+    return Step(0, 1, query, keys, values, SCALE, place, torch.zeros_like(place, dtype=torch.bool), None)
 
 
 def chosen(stream: Stream, tokens: int = 60, **settings: int | float) -> torch.Tensor:

@@ -82,7 +82,7 @@ def test_h2o_keeps_what_a_masked_full_cache_keeps(prompt, capacity, recent):
 
 
 def test_streaming_llm_keeps_the_first_and_the_newest():
-    stream, layer = Stream(90), layer_of("streaming_llm recent=16 sinks=3")
+    stream, layer = Stream(90), layer_of("streaming_llm tokens=19 sinks=3")
     stream.feed(layer, 0, 50)
     got = [stream.feed(layer, now, now + 1)[0, 0] for now in range(50, 90)]
     want, _ = simulate(stream, 50, 40, capacity=19, recent=16, sinks=3, by_attention=False)

@@ -5,11 +5,14 @@ import itertools
 import pytest
 import torch
 
-from kvmosaic import methods
+from kvmosaic import Cache, methods
 from kvmosaic.calibration import Calibration
 from kvmosaic.errors import BadCalibration, NeedsCalibration
+from kvmosaic.hooks.models import fingerprint
 from kvmosaic.selection import Budget, Profiled, Recency, TopTokens
 from kvmosaic.selection.layers import retained
+from tests import models
+from tests.models import Row, generate, prompt
 from tests.selection.test_top import kept, step
 
 
@@ -63,7 +66,7 @@ def test_a_selection_keeps_its_layers_share():
 
 
 def saved(path, **changes):
-    made = {"method": "xkv", "options": {"scorer": "snapkv"}, "fingerprint": "this model", "data": "none"}
+    made = {"method": "xkv", "options": {"scorer": "snapkv_mean"}, "fingerprint": "this model", "data": "none"}
     Calibration(**(made | changes), tensors={"gains": concave(4, 50)}).save(path)
     return path
 
@@ -71,7 +74,7 @@ def saved(path, **changes):
 def test_xkv_reads_a_profile_and_refuses_what_is_none(tmp_path):
     recipe = methods.parse(f"xkv keep=0.3 profile={saved(tmp_path / 'p.safetensors')} | kivi")
     assert recipe.fingerprint == "this model" and recipe.tiers is not None
-    with pytest.raises(BadCalibration, match="scorer=snapkv, and scorer=h2o was asked for"):
+    with pytest.raises(BadCalibration, match="scorer=snapkv_mean, and scorer=h2o was asked for"):
         methods.parse(f"xkv keep=0.3 scorer=h2o profile={tmp_path / 'p.safetensors'}")
     with pytest.raises(BadCalibration, match="made for kvquant, and xkv was asked for"):
         methods.get("xkv")(0.3, profile=saved(tmp_path / "q.safetensors", method="kvquant"))
@@ -88,3 +91,15 @@ def test_profiles_that_rise_or_do_not_fit_are_refused():
         Profiled(torch.tensor([[0.1, 0.9]]))
     with pytest.raises(ValueError, match="4 layers, and this one has 8"):
         Profiled(concave(4, 10)).share(0.5, 0, 8)
+
+
+def test_a_profile_of_another_model_is_refused_and_one_of_this_model_serves(tmp_path):
+    model = models.model("llama")
+    with pytest.raises(BadCalibration, match=r"calibrated for this model, and this model is llama"):
+        Cache(model, methods.parse(f"xkv profile={saved(tmp_path / 'other.safetensors')}"))
+    own = Calibration("xkv", {"scorer": "snapkv_mean"}, fingerprint(model.config), "none", {"gains": concave(2, 50)})
+    own.save(tmp_path / "own.safetensors")
+    cache = Cache(model, methods.parse(f"xkv keep=0.3 profile={tmp_path / 'own.safetensors'}"))
+    generate(model, prompt("llama", Row(300, 0)), cache, 2)
+    counts = [int(layer.stores["tier 0"].length[0, 0]) - 1 for layer in cache.layers]
+    assert sum(counts) == pytest.approx(180, abs=2) and counts[0] != counts[1]

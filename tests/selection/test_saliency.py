@@ -97,6 +97,17 @@ def test_a_prompt_after_waiting_tokens_stores_them_too():
     assert sum(int(store.length.sum()) for store in layer.stores.values()) == 400 * HEADS
 
 
+@pytest.mark.parametrize("text", ["zipcache salient=0.1", "zipvl mass=0.3", "zipvl mass=0.3 evict=true"])
+def test_protected_tokens_are_salient_whatever_they_receive(text):
+    at = step(101, batch=2, pad=6)
+    at.visual[:, 40:60] = True
+    selection = methods.parse(f"{text} protect=3+visual").selection
+    tiers, protected = selection.assign(at), selection.protect.among(at)
+    assert tiers.masked_select(protected[:, None]).eq(0).all()
+    assert protected.sum(1).tolist() == [23, 23] and tiers.ne(0).any()
+    assert torch.equal(tiers[:1, :, 6:], selection.assign(row(at, 0, 6)))
+
+
 def test_shares_that_make_no_sense_are_refused():
     for text, message in (
         ("zipcache salient=1.2", "between 0 and 1, got 1.2"),

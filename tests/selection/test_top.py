@@ -19,13 +19,13 @@ from kvmosaic.selection import (
     WindowAttention,
 )
 
-SCORERS = [Recency(), AttentionSums(), AttentionSums(normalize=True), WindowAttention(8, 5), ExpectedAttention(32)]
+SCORERS = [Recency(), AttentionSums(), AttentionSums(normalize=True), WindowAttention(8, 5), ExpectedAttention(64)]
 
 
 def step(tokens=63, batch=1, heads=2, groups=4, pad=0, seed=0):
     draw = torch.Generator().manual_seed(seed)
-    valid = torch.ones(batch, tokens, dtype=torch.bool)
-    valid[0, :pad] = False
+    place = torch.arange(tokens).repeat(batch, 1)
+    place[0] = (place[0] - pad).clamp_min(-1)
     shape = (tokens, 32)
     return Step(
         layer=1,
@@ -34,14 +34,16 @@ def step(tokens=63, batch=1, heads=2, groups=4, pad=0, seed=0):
         keys=torch.randn(batch, heads, *shape, generator=draw),
         values=torch.randn(batch, heads, *shape, generator=draw),
         scale=32**-0.5,
-        valid=valid,
+        place=place,
+        visual=torch.zeros(batch, tokens, dtype=torch.bool),
+        frequencies=10000 ** (-torch.arange(16) / 16),
     )
 
 
 def row(whole, index, start=0):
     return whole._replace(
         **{name: getattr(whole, name)[index : index + 1, :, start:] for name in ("query", "keys", "values")},
-        valid=whole.valid[index : index + 1, start:],
+        **{name: getattr(whole, name)[index : index + 1, start:] for name in ("place", "visual")},
     )
 
 
@@ -119,14 +121,14 @@ def test_a_pyramid_spends_what_equal_budgets_spend():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("snapkv keep=0.5 tokens=9", "keep= .* or as tokens="),
+        ("snapkv keep=0.5 tokens=9", "got keep=0.5 and tokens=9"),
         ("snapkv keep=0", "above 0 and at most 1, got 0"),
         ("snapkv keep=1.5", "above 0 and at most 1, got 1.5"),
         ("snapkv tokens=0", "at least 1, got 0"),
-        ("snapkv tokens=8", "cannot hold the 0 sinks and 32 recent tokens"),
+        ("snapkv tokens=8", "cannot hold the 0 first and 32 recent tokens"),
         ("snapkv keep=0.5 kernel=4", "kernel odd"),
         ("snapkv keep=0.5 pooling=median", "'max' or 'mean', got 'median'"),
-        ("snapkv keep=0.5 head_floor=2", "between 0 and 1, got 2"),
+        ("adakv keep=0.5 floor=2", "between 0 and 1, got 2"),
         ("snapkv keep=0.5 | h2o_prefill keep=0.5", "both set selection"),
     ],
 )

@@ -30,8 +30,9 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from kvmosaic.hooks.attach import CACHE_ARGUMENTS, cache_in, unhooked
+from kvmosaic.hooks.attach import cache_in, unhooked
 from kvmosaic.hooks.cache import Cache
+from kvmosaic.hooks.models import CACHE_ARGUMENTS
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import size
 from kvmosaic.stores import EXACT

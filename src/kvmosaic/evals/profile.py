@@ -12,7 +12,7 @@ from kvmosaic.evals.example import Example
 from kvmosaic.hooks import models
 from kvmosaic.loading import Opened
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Scorer, Selection, Step
+from kvmosaic.selection import Scorer, Selection, Step, scorer_of
 from kvmosaic.selection.layers import retained
 
 POINTS = 200
@@ -41,11 +41,9 @@ def profile(
 
     Raises ValueError if there are no prompts.
     """
-    from kvmosaic.methods.xkv import SCORERS
-
     if not examples:
         raise ValueError("a profile needs one prompt at least")
-    observer, digest = Observer(SCORERS[scorer]), hashlib.sha256()
+    observer, digest = Observer(scorer_of(scorer)), hashlib.sha256()
     for example in examples:
         harness.prefill(opened, Recipe(selection=observer), example)
         digest.update(example.context.encode() + b"\0")

@@ -16,11 +16,10 @@ from kvmosaic.errors import CacheMismatch, UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.attention import NAME
 from kvmosaic.hooks.cache import Cache
+from kvmosaic.hooks.models import CACHE_ARGUMENTS
 from kvmosaic.hooks.rotary import watch_positions
 from kvmosaic.recipe import Recipe
 
-CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What models call it: from transformers 5.24 on, and before."""
 _HOOKED = "_kvmosaic_hooks"
 _PREVIOUS = "_kvmosaic_previous_attention"
 
@@ -152,7 +151,7 @@ class _Pass:
                 "ones. It must cover both: the later columns would be taken for padding"
             )
         visual = None
-        if cache.recipe.visual is not None:
+        if cache.recipe.sees_visual:
             if ids is None:
                 raise ValueError(
                     "a recipe with visual tokens needs input_ids: from inputs_embeds alone nobody can tell which tokens are "
@@ -160,7 +159,7 @@ class _Pass:
                 )
             shown = torch.isin(ids, torch.tensor(self.visual_ids, device=ids.device))
             visual = shown if bool(shown.any()) else None
-        cache.begin(self.fingerprint, visual, tokens=entering.shape[1])
+        cache.begin(self.fingerprint, entering.shape[0], entering.shape[1], ids, visual)
         self.running[threading.get_ident()] = cache
 
     def place(self, position: Tensor) -> None:
@@ -172,4 +171,4 @@ class _Pass:
         cache = cache_in(kwargs)
         if isinstance(cache, Cache):
             self.running.pop(threading.get_ident(), None)
-            cache.end()
+            cache.end(failed=output is None)

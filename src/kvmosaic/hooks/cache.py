@@ -1,6 +1,7 @@
 """The cache object that generate carries: one layer per layer of the model."""
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 from kvmosaic.errors import BadCalibration, CacheInUse, CacheMismatch, RecipeConflict, UnsupportedModel
 from kvmosaic.hooks import models
 from kvmosaic.hooks.layer import CacheLayer
+from kvmosaic.hooks.replay import replay
 from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
@@ -30,10 +32,13 @@ class Cache(TransformersCache):  # type: ignore[misc]
     Works in every mode of generate, over several turns, copied with `copy.deepcopy` for a shared prefix. Layers that
     do not attend to the whole context (sliding windows, linear attention) keep transformers' own cache. Making a cache
     sets the model's attention to kvmosaic's, which serves other caches as SDPA does.
+    whole_prompt: the first prompt may come in several forward passes and is selected from and stored as a whole, when the
+        first single token comes or `settle` is called; until then its tokens wait, exact, with their queries. Otherwise each
+        forward pass of several tokens is a prompt of its own, so that long prompts in chunks never lie in memory whole.
     Raises UnsupportedModel, with the reason, for a model that it cannot serve.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe) -> None:
+    def __init__(self, model: PreTrainedModel, recipe: Recipe, *, whole_prompt: bool = False) -> None:
         from kvmosaic.hooks.attach import prepare  # attach makes caches, and a cache attaches
 
         self.recipe = recipe
@@ -44,10 +49,10 @@ class Cache(TransformersCache):  # type: ignore[misc]
             )
         if not recipe.is_exact:
             models.check(model.config)
-            if recipe.visual is not None and not models.visual_ids(model.config):
+            if recipe.sees_visual and not models.visual_ids(model.config):
                 raise UnsupportedModel(
                     f"{recipe.name or 'the recipe'} sets how visual tokens are kept, and {type(model).__name__} takes no "
-                    "pictures. For text use another method, e.g. kivi"
+                    "pictures. For text use another method, e.g. kivi, and protect a count of first tokens"
                 )
             prepare(model)
         self._types = models.layer_types(model.config)
@@ -59,6 +64,21 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"{recipe.name or 'the recipe'}: only a part of the rotated key channels is to be stored, and these tiers learned what "
                 "they know of all channels, or code them unrotated. Leave one of the two out"
             )
+        self._in_pieces = whole_prompt
+        self._replay = None if recipe.selection is None else recipe.selection.replay
+        self._whole = whole_prompt or self._replay is not None
+        if self._whole and recipe.prefill is not None:
+            raise RecipeConflict(
+                f"{recipe.name or 'the recipe'} changes how a prompt's attention is computed, so its pieces cannot wait for the "
+                "whole. Leave whole_prompt out, or drop `prefill` (zipvl sparse=false)"
+            )
+        self._model = weakref.ref(model)  # which replays a prompt to score its tokens
+        self._replaying = self._recording = False
+        self._prompt: list[Tensor] = []  # the ids of the first prompt, until it is settled; only for that
+        self._shape = _shape(model) if recipe.selection is not None and recipe.selection.sized else None
+        self._frequencies = {
+            kind: models.frequencies(model, kind) for kind, _ in self._types if recipe.selection is not None
+        }
         super().__init__(layers=self._empty_layers())
         self._context = models.context(model.config)
         self.head_size = models.head_size(model.config)
@@ -70,17 +90,20 @@ class Cache(TransformersCache):  # type: ignore[misc]
             raise CacheMismatch(
                 f"this cache has {len(self.layers)} layers ({self.fingerprint}), and layer {layer_idx} came"
             )
-        if self.recipe.visual is not None and not self._running and not self.pinned:
+        if (self.recipe.sees_visual or self._shape is not None) and not self._running and not self.pinned:
             raise CacheMismatch(
-                "the text model was called by itself, and only the whole model is told which tokens are visual. Call that, "
-                "with input_ids"
+                "the text model was called by itself, and only the whole model is told which tokens are visual and how much "
+                "memory they may take. Call that, with input_ids"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def begin(self, fingerprint: str, visual: Tensor | None, tokens: int) -> None:
-        """A forward pass over `tokens` new tokens starts; called by the hook on the model (`hooks/attach.py`).
+    def begin(
+        self, fingerprint: str, batch: int, tokens: int, ids: Tensor | None = None, visual: Tensor | None = None
+    ) -> None:
+        """A forward pass over `tokens` new tokens of `batch` rows starts; called by the hook on the model (`hooks/attach.py`).
 
-        visual [B, T] bool: which of them are visual; None = none. `end` follows, whatever is raised.
+        ids [B, T]: of the tokens; None = they came as embeddings. visual [B, T] bool: which of them are visual; None = none.
+        `end` follows, whatever is raised.
         """
         thread = threading.get_ident()
         if self._running.setdefault("thread", thread) != thread:
@@ -105,6 +128,12 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"{seen + tokens} tokens are more than the model's context of {self._context}. Shorten the prompt, or load "
                 "the model with a larger max_position_embeddings (and a rotary scaling that suits it)"
             )
+        if tokens == 1 and seen:
+            self.settle()
+        if self._replay is not None and self._running["depth"] == 1 and not self._replaying:
+            self._note(ids)
+        if self._shape is not None and not seen and not self._whole:
+            self._resolve(self._shape, batch, tokens, 0 if visual is None else int(visual.sum(1).max()))
         for layer in self.layers:
             if isinstance(layer, CacheLayer):
                 layer.visual = visual
@@ -115,15 +144,68 @@ class Cache(TransformersCache):  # type: ignore[misc]
             if isinstance(layer, CacheLayer):
                 layer.position = position
 
-    def end(self) -> None:
-        """The forward pass that this thread began is over."""
+    def _resolve(self, shape: Any, batch: int, tokens: int, visual: int) -> None:
+        """The count of tokens for a budget of memory, now that the first prompt is there."""
+        from kvmosaic.plan import resolve  # the plan knows caches
+
+        recipe = resolve(self.recipe, shape, batch, tokens, visual)
+        for layer in self.layers:
+            if isinstance(layer, CacheLayer):
+                layer.recipe = recipe
+
+    def end(self, failed: bool = False) -> None:
+        """The forward pass that this thread began is over, or an exception ended it."""
         if self._running.get("thread") == threading.get_ident():
             self._running["depth"] -= 1
             if self._running["depth"] <= 0:
                 self._running.clear()
+                if not self._in_pieces and not failed and not self._recording:
+                    self.settle()
+
+    def _note(self, ids: Tensor | None) -> None:
+        """Remember the ids of a prompt that will be fed again."""
+        if not any(isinstance(layer, CacheLayer) and layer.reading for layer in self.layers):
+            return
+        if ids is None:
+            raise ValueError("this method feeds the prompt again to score its tokens, and needs input_ids to do so")
+        self._prompt.append(ids)
+
+    def settle(self) -> None:
+        """The first prompt is complete: select from it and store it. Does nothing if that is done already.
+
+        With `whole_prompt`, for callers that go on with a turn of several tokens; a single token settles by itself.
+        """
+        waiting = [layer for layer in self.layers if isinstance(layer, CacheLayer) and layer.reading and layer.pending]
+        if not waiting or self._replaying:
+            return
+        if self._replay is not None:
+            self._replaying = True
+            try:
+                replay(
+                    self._model(), self, torch.cat(self._prompt, 1)[:, : self.get_seq_length()], self._replay, waiting
+                )
+            finally:
+                self._replaying = False
+            self._prompt = []
+        held = waiting[0].pending
+        if self._shape is not None and held is not None:
+            visual = 0 if held.visual is None else int(held.visual.sum(1).max())
+            self._resolve(self._shape, held.keys.shape[0], len(held), visual)
+        for layer in waiting:
+            layer.settle()
+
+    def activate_past_recording(self) -> None:
+        self.settle()
+        self._recording = True
+        super().activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.settle()  # the prompt came together with tokens that were guessed
 
     def reset(self) -> None:
         """Empty, as when it was made."""
+        self._prompt, self._recording = [], False
         self.layers = self._empty_layers()  # transformers 5.17 only zeroes its own layers' numbers
         self._running.clear()
         self.pinned = False
@@ -140,6 +222,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def pin(self, tokens: int, live: Tensor) -> None:
         """Every step from now on is one token a row, `tokens` at most; see `CacheLayer.pin`."""
+        self.settle()
         for layer in self.layers:
             layer.pin(tokens, live)
         self.pinned = True
@@ -162,7 +245,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def _empty_layers(self) -> list[Any]:
         return [
-            CacheLayer(index, len(self._types), self.recipe, self._rotary)
+            CacheLayer(index, len(self._types), self.recipe, self._rotary, self._frequencies.get(kind), self._whole)
             if kind == "full_attention" and not self.recipe.is_exact
             else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for index, (kind, arguments) in enumerate(self._types)
@@ -184,6 +267,12 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def report(self) -> Report:
         return Report.of(self)
+
+
+def _shape(model: PreTrainedModel) -> Any:
+    from kvmosaic.plan import Shape
+
+    return Shape.of(model.config, itemsize=model.dtype.itemsize)
 
 
 def _lanes(recipe: Recipe, layers: Sequence[int], asked: Callable[[Lane], bool]) -> list[Lane]:

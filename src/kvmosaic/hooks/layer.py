@@ -14,7 +14,7 @@ from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_
 from kvmosaic.hooks.pending import Pending
 from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.kernels import step
-from kvmosaic.kernels.attention import Partial, dense, dense_mass
+from kvmosaic.kernels.attention import Partial, dense, dense_mass, dense_peaks
 from kvmosaic.projection import NO_KERNEL, Basis
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import DROP, WAIT, Evicting, Gathering, Step
@@ -30,10 +30,23 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, index: int, layers: int, recipe: Recipe, rotary: Rotary | None = None) -> None:
+    def __init__(
+        self,
+        index: int,
+        layers: int,
+        recipe: Recipe,
+        rotary: Rotary | None = None,
+        frequencies: tuple[float, ...] | None = None,
+        whole_prompt: bool = False,
+    ) -> None:
         super().__init__()
         self.index, self.layers, self.recipe, self.rotary = index, layers, recipe, rotary
+        self.frequencies = frequencies  # of the model's rotary embedding, radians a place
+        self.whole_prompt = self.reading = whole_prompt  # reading: tokens wait until `settle` ends the first prompt
+        self.replayed: Tensor | None = None  # [B, T], the tokens of the prompt that are being fed again, to be scored
+        self.scale = 0.0
         self.seen = 0
+        self.padding: Tensor | None = None  # [B], how many of the tokens seen were padding; None = none
         self.stores: dict[str, Store] = {}
         self.pending: Pending | None = None
         self.basis: Basis | None = None  # what is stored of keys, if the recipe has a projection
@@ -77,6 +90,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         self.seen, self.stores, self.pending, self.basis, self.is_initialized = 0, {}, None, None, False
         self.record_past, self.capacity, self.live, self.stepping = False, None, None, None
+        self.padding, self.reading = None, self.whole_prompt
 
     def activate_past_recording(self) -> None:
         self.record_past = True
@@ -93,7 +107,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.seen -= remove
         if self.pending is not None:
             left, self.pending = self.pending[: waiting - remove], None
-            self._advance(left, hold=0)
+            if self.reading:
+                self.pending = left
+            else:
+                self._advance(left, hold=0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -127,13 +144,18 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             if sinks is not None:
                 raise UnsupportedModel("a captured step knows no attention sinks; call model.generate instead")
             return step.run(self.stepping, query, handle.keys, handle.values, scale, softcap)
-        new = Pending(handle.keys, handle.values, self.visual, self._valid(mask, query), position=self._position(query))
+        new = Pending(
+            handle.keys,
+            handle.values,
+            visual=self.visual,
+            valid=self._valid(mask, query),
+            position=self._position(query),
+        )
+        if self.reading:
+            return self._read(module, new, query, mask, scale, softcap, sinks)
         if self.seen == 0:
             new = self._assigned(new, query, scale)
-            if self.recipe.projection is not None:
-                prompt = self._step(new, query, scale)
-                keep = prompt.valid[:, None] if new.tier is None else prompt.valid[:, None] & (new.tier != DROP)
-                self.basis = self.recipe.projection.basis(prompt, keep)
+            self._project(new, query, scale)
             if self.recipe.prefill is not None and new.tier is not None:
                 if softcap is not None or sinks is not None:
                     raise UnsupportedModel("a sparse prompt knows no caps on logits and no sinks; drop `prefill`")
@@ -193,12 +215,75 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             if (name == "tier 0" and store.room < int(new.length.max()) + tokens) or not store.load(new):
                 return False
         assert self.stepping is not None, "pinned layers have a step"
-        self.seen, self.live = other.seen, self.stepping.live
+        self.seen, self.padding, self.live = other.seen, other.padding, self.stepping.live
         return True
 
     def unpin(self) -> None:
         """Back to steps of any size."""
         self.live = self.stepping = None
+
+    def _read(
+        self,
+        module: nn.Module,
+        new: Pending,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """A piece of a prompt that is settled as a whole: attended exactly, beside the pieces before; or, while tokens are
+        replayed, what their repetition pays to each of them."""
+        self.scale = scale
+        if self.pending is None:
+            out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
+        else:
+            both, rows = self.pending + new, by_kv_head(query, self.num_heads)
+            mask = self._beside_pending(None if mask is None else mask[..., -query.shape[2] :], query)
+            merged = with_sinks([dense(rows, both.keys, both.values, scale, mask, softcap)], sinks)
+            out = to_output(merged, query)
+            if self.replayed is not None:
+                asking = torch.ones_like(both.keys[:, 0, len(self.pending) :, 0], dtype=torch.bool)
+                peaks = dense_peaks(
+                    rows, both.keys, scale, mask, softcap, merged.lse, asking if new.valid is None else new.valid
+                )
+                self._raise(peaks)
+                self.visual = None
+                return out
+        selects = self.recipe.selection is not None and self.recipe.selection.replay is None
+        new = replace(new, query=query if selects or self.recipe.projection is not None else None)
+        self.pending, self.visual = new if self.pending is None else self.pending + new, None
+        self._count(new)
+        return out
+
+    def _raise(self, peaks: Tensor) -> None:
+        """Take the scores of the tokens that are replayed, where they are higher; the others keep theirs."""
+        assert self.pending is not None and self.replayed is not None, "only what waits is replayed"
+        score = peaks[..., : len(self.pending)] * self.replayed[:, None]
+        if self.pending.score is not None:
+            score = score.maximum(self.pending.score)
+        self.pending = replace(self.pending, score=score)
+
+    def settle(self) -> None:
+        """The first prompt is complete: select from it and store it, as if it had come in one piece."""
+        if not self.reading or self.pending is None:
+            return
+        held, self.pending, self.reading = self.pending, None, False
+        query, waiting = held.query, replace(held, query=None)
+        if self.recipe.selection is not None and self.recipe.selection.replay is not None:
+            assert waiting.score is not None, "a prompt is replayed before it is settled"
+            step = self._step(waiting, waiting.keys, self.scale, before=0)
+            tier = self.recipe.selection.assign_scored(step, waiting.score)
+            waiting = replace(waiting, tier=tier, score=None)
+        elif query is not None:
+            waiting = self._assigned(waiting, query, self.scale, before=0)
+        if query is not None:
+            self._project(waiting, query, self.scale, before=0)
+        try:
+            self.store(waiting)
+        except NotFinite:  # the prompt goes on waiting
+            self.pending, self.reading = held, True
+            raise
 
     def _over_all(
         self,
@@ -229,6 +314,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         waits = isinstance(selection, Gathering) and len(new) < selection.gather
         if not waits and not isinstance(selection, Evicting):
             return merged, self._assigned(new, query, scale)
+        never = None
+        if isinstance(selection, Evicting) and len(new) > 1:
+            never = selection.protected(self._step(new, query, scale))
+            self._check_room(never)
         # scores: what the queries that count pay to each token, stored, waiting or new
         asked = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
         if waits:
@@ -245,30 +334,62 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.pending = replace(
                 self.pending, score=earlier if self.pending.score is None else earlier + self.pending.score
             )
-        tier = torch.full_like(score[..., -len(new) :], WAIT, dtype=torch.int8) if waits else None
-        return merged, replace(new, tier=tier, score=score[..., -len(new) :], asked=asked)
+        score = score[..., -len(new) :]
+        if never is not None:
+            score = score.masked_fill(never[:, None], torch.inf)
+        tier = torch.full_like(score, WAIT, dtype=torch.int8) if waits else None
+        return merged, replace(new, tier=tier, score=score, asked=asked)
+
+    def _check_room(self, new: Tensor) -> None:
+        """Raises ValueError if tokens that never leave, held or `new` [B, T] bool, are more than a row may keep."""
+        store, never = self.stores.get("tier 0"), new.sum(-1, keepdim=True)
+        capacity = store.capacity if isinstance(store, EvictingStore) else self.capacity
+        assert capacity is not None, "the first prompt sets the capacity"
+        for held in (store, self.pending):
+            if isinstance(held, EvictingStore | Pending) and held.score is not None:
+                never = never + held.score.isinf().sum(-1)
+        if bool((never > capacity[:, None]).any()):
+            raise ValueError(
+                f"with this turn {int(never.max())} tokens are protected, and a row may keep {int(capacity.min())}. Raise the budget "
+                "or protect fewer"
+            )
 
     def _asks(self, new: int) -> list[bool]:
         assert isinstance(self.recipe.selection, Gathering), "only asked of tokens that wait"
         waiting = 0 if self.pending is None else len(self.pending)
         return [self.recipe.selection.asks(self.seen + token, waiting + token) for token in range(new)]
 
-    def _assigned(self, new: Pending, query: Tensor, scale: float) -> Pending:
+    def _assigned(self, new: Pending, query: Tensor, scale: float, before: int | None = None) -> Pending:
         """The new tokens with their tiers, and their scores where they go on counting."""
         selection = self.recipe.selection
         if selection is None or (len(new) == 1 and self.seen):
             return new
-        step = self._step(new, query, scale)
+        step = self._step(new, query, scale, before)
         if not isinstance(selection, Evicting):
             return replace(new, tier=selection.assign(step))
         self.capacity, score = selection.capacity(step), selection.score(step)
         return replace(new, tier=selection.assign_scored(step, score), score=score)
 
-    def _step(self, new: Pending, query: Tensor, scale: float) -> Step:
+    def _project(self, prompt: Pending, query: Tensor, scale: float, before: int | None = None) -> None:
+        """Choose what is stored of keys, from the first prompt's tokens and their tiers."""
+        if self.recipe.projection is None:
+            return
+        at = self._step(prompt, query, scale, before)
+        keep = at.valid[:, None] if prompt.tier is None else at.valid[:, None] & (prompt.tier != DROP)
+        self.basis = self.recipe.projection.basis(at, keep)
+
+    def _step(self, new: Pending, query: Tensor, scale: float, before: int | None = None) -> Step:
+        """before: how many tokens came before the new ones; None = all that have been seen."""
         valid = new.valid
         if valid is None:
             valid = torch.ones(query.shape[0], len(new), dtype=torch.bool, device=query.device)
-        return Step(self.index, self.layers, query, new.keys, new.values, scale, valid)
+        earlier: int | Tensor = self.seen if before is None else before
+        if before is None and self.padding is not None:
+            earlier = (self.seen - self.padding)[:, None]
+        place = torch.where(valid, earlier + valid.cumsum(1) - 1, -1)
+        visual = torch.zeros_like(valid) if new.visual is None else new.visual
+        turns = None if self.frequencies is None else torch.tensor(self.frequencies, device=query.device)
+        return Step(self.index, self.layers, query, new.keys, new.values, scale, place, visual, turns)
 
     def _settle(self, new: Pending) -> None:
         before, self.visual, self.position = self.pending, None, None
@@ -279,7 +400,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         except NotFinite:  # the step is refused: the layer is as it was
             self.pending = before
             raise
+        self._count(new)
+
+    def _count(self, new: Pending) -> None:
         self.seen += len(new)
+        if new.valid is not None:
+            padding = (~new.valid).sum(1)
+            self.padding = padding if self.padding is None else self.padding + padding
 
     def _advance(self, waiting: Pending, hold: int) -> None:
         """Store what is ready of the tokens that wait, all but the newest `hold` at most; the rest goes on waiting."""
@@ -412,6 +539,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.pending = self.pending.map(change)
         if self.basis is not None:
             self.basis = self.basis.map(change)
+        if self.padding is not None:
+            self.padding = change(self.padding)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(name, kind, tensor) of everything held."""
@@ -420,11 +549,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 yield f"{name}.{part}", kind, tensor
         if self.basis is not None:
             yield from ((name, "metadata", tensor) for name, tensor in self.basis.tensors())
+        if self.padding is not None:
+            yield "padding", "metadata", self.padding
         if self.pending is not None:
-            for name in ("keys", "values", "visual", "valid", "tier", "score", "asked", "position"):
+            for name in ("keys", "values", "query", "visual", "valid", "tier", "score", "asked", "position"):
                 tensor = getattr(self.pending, name)
                 if tensor is not None:
-                    yield f"pending.{name}", "exact" if name in ("keys", "values") else "metadata", tensor
+                    yield f"pending.{name}", "exact" if name in ("keys", "values", "query") else "metadata", tensor
 
 
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:

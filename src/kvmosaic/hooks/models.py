@@ -1,11 +1,17 @@
 """Which transformers models a compressed cache can serve, and why not the others."""
 
+import sys
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from kvmosaic.errors import UnsupportedModel
+
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What models call the cache: from transformers 5.24 on, and before."""
 
 REFUSED = {
     **dict.fromkeys(
@@ -72,6 +78,17 @@ def context(config: Any) -> int | None:
         if isinstance(each, dict) and each.get("factor"):
             scaled.append(int(each["factor"] * (each.get("original_max_position_embeddings") or most)))
     return max(scaled)
+
+
+def frequencies(model: PreTrainedModel, kind: str) -> tuple[float, ...] | None:
+    """Of the rotary embedding of the text model's layers of this kind, radians a place; None if none that turns halves is
+    found."""
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    found = getattr(rotary, f"{kind}_inv_freq", getattr(rotary, "inv_freq", None))
+    turn = getattr(sys.modules[type(rotary).__module__], "rotate_half", None)
+    # some families turn neighbours (x0, x1) instead of halves (x0, xR); their function tells
+    halves = turn is not None and turn(torch.arange(4.0)).tolist() == [-2.0, -3.0, 0.0, 1.0]
+    return tuple(found.tolist()) if halves and isinstance(found, Tensor) else None
 
 
 def visual_ids(config: Any) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Tokens between their attention and their store."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ class Pending:
     """Tokens that have been attended but not stored yet, with the columns that travel with them.
 
     keys, values: [B, H, T, D].
+    query: [B, Hq, T, D], while a prompt comes in pieces and is selected from as a whole; else None.
     visual, valid: [B, T] bool, False for padding in `valid`; None = no token is visual, all are valid.
     tier: [B, H, T] int8, what the recipe's selection said; None = the first tier.
     position: [B, ids, T], rotary positions, for keys that are encoded without; None = nobody asks.
@@ -27,13 +28,13 @@ class Pending:
     score: Tensor | None = None
     asked: Tensor | None = None
     position: Tensor | None = None
+    query: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[2]
 
     def __getitem__(self, tokens: slice) -> "Pending":
-        columns = (None if each is None else each[..., tokens] for each in self._columns())
-        return Pending(self.keys[:, :, tokens], self.values[:, :, tokens], *columns)
+        return self._each(lambda states: states[:, :, tokens], lambda column: column[..., tokens])
 
     def __add__(self, other: "Pending") -> "Pending":
         def join(name: str, missing: int) -> Tensor | None:
@@ -48,12 +49,16 @@ class Pending:
             return torch.cat(list(whole), -1)
 
         keys, values = torch.cat([self.keys, other.keys], 2), torch.cat([self.values, other.values], 2)
+        some = self.query is not None and other.query is not None
+        query = torch.cat([self.query, other.query], 2) if some else None  # type: ignore[list-item]
         missing = {"visual": False, "valid": True, "tier": 0, "score": 0, "asked": False, "position": 0}
-        return Pending(keys, values, **{name: join(name, value) for name, value in missing.items()})
+        return Pending(keys, values, **{name: join(name, value) for name, value in missing.items()}, query=query)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Pending":
-        columns = (None if each is None else change(each) for each in self._columns())
-        return Pending(change(self.keys), change(self.values), *columns)
+        return self._each(change, change)
 
-    def _columns(self) -> tuple[Tensor | None, ...]:
-        return self.visual, self.valid, self.tier, self.score, self.asked, self.position
+    def _each(self, states: Callable[[Tensor], Tensor], columns: Callable[[Tensor], Tensor]) -> "Pending":
+        """With keys, values and queries changed by one function, the columns by another."""
+        change = {"keys": states, "values": states, "query": states}
+        held = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return replace(self, **{name: change.get(name, columns)(each) for name, each in held if each is not None})

@@ -8,14 +8,14 @@ then evicted from together.
 """
 
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import AttentionSums, Budget, HeavyHitters
+from kvmosaic.selection import AttentionSums, Budget, HeavyHitters, budgeted
 
 
-def h2o(keep: float = 0.2, *, tokens: int | None = None, recent: int = 32) -> Recipe:
-    """keep: share of the first prompt's tokens that each KV head may hold from then on; or tokens: how many.
+@budgeted(keep=0.2)
+def h2o(budget: Budget, *, recent: int = 32) -> Recipe:
+    """recent: how many of the newest always stay, within the budget (the paper: half of it).
 
-    recent: how many of the newest always stay, within that (the paper: half of the budget).
-    Joins with tiers whose tokens are written one by one: exact, turboquant.
+    The first prompt sets how many tokens each KV head may hold from then on. Joins with tiers whose tokens are written one
+    by one: exact, turboquant.
     """
-    budget = Budget(None if tokens else keep, tokens)
     return Recipe(selection=HeavyHitters(scorer=AttentionSums(), budget=budget, recent=recent))

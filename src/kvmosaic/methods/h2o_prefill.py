@@ -6,15 +6,14 @@ Departures: scores are summed in float32; under GQA one decision serves the quer
 """
 
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import AttentionSums, Budget, TopTokens
+from kvmosaic.selection import AttentionSums, Budget, TopTokens, budgeted
 
 
-def h2o_prefill(
-    keep: float | None = None, *, tokens: int | None = None, recent: int = 32, normalize: bool = False
-) -> Recipe:
-    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. 0.25 if neither is given.
+@budgeted(keep=0.25)
+def h2o_prefill(budget: Budget, *, recent: int = 32, normalize: bool = False) -> Recipe:
+    """recent: how many of the newest always stay, within the budget.
+    normalize: divide a token's attention by the number of queries that could see it (early tokens lose their advantage).
 
-    recent: how many of the newest always stay, within that. normalize: divide a token's attention by the number of
-    queries that could see it (early tokens lose their advantage).
+    Generated tokens all stay.
     """
-    return Recipe(selection=TopTokens(scorer=AttentionSums(normalize), budget=Budget.of(keep, tokens), recent=recent))
+    return Recipe(selection=TopTokens(scorer=AttentionSums(normalize), budget=budget, recent=recent))

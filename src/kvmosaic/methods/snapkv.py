@@ -6,32 +6,14 @@ prompts that come in chunks or turns are selected from one by one.
 """
 
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Budget, Pyramid, TopTokens, WindowAttention
+from kvmosaic.selection import Budget, TopTokens, WindowAttention, budgeted
 
 
-def snapkv(
-    keep: float | None = None,
-    *,
-    tokens: int | None = None,
-    window: int = 32,
-    kernel: int = 7,
-    pooling: str = "max",
-    pyramid: bool = False,
-    head_floor: float | None = None,
-) -> Recipe:
-    """keep: share of the prompt's tokens that stays in each KV head; or tokens: how many. 0.25 if neither is given.
+@budgeted(keep=0.25)
+def snapkv(budget: Budget, *, window: int = 32, kernel: int = 7, pooling: str = "max") -> Recipe:
+    """window: how many of the last queries score the others, and themselves stay.
+    kernel, pooling: of the scores over neighbouring tokens.
 
-    window: how many of the last queries score the others, and themselves stay. kernel, pooling: of the scores over
-        neighbouring tokens.
-    pyramid: more tokens in lower layers (PyramidKV, arXiv:2406.02069). head_floor: heads compete for tokens (AdaKV,
-        arXiv:2407.11550, which has 0.2). Generated tokens all stay.
+    Generated tokens all stay.
     """
-    return Recipe(
-        selection=TopTokens(
-            scorer=WindowAttention(window, kernel, pooling),
-            budget=Budget.of(keep, tokens),
-            recent=window,
-            layers=Pyramid() if pyramid else None,
-            head_floor=head_floor,
-        )
-    )
+    return Recipe(selection=TopTokens(scorer=WindowAttention(window, kernel, pooling), budget=budget, recent=window))

@@ -6,13 +6,13 @@ beyond the model's context).
 """
 
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Budget, HeavyHitters, Recency
+from kvmosaic.selection import Budget, HeavyHitters, Recency, budgeted
 
 
-def streaming_llm(recent: int = 512, *, sinks: int = 4) -> Recipe:
-    """recent: how many of the newest tokens stay. sinks: how many of the first.
+@budgeted(tokens=516)
+def streaming_llm(budget: Budget, *, sinks: int = 4) -> Recipe:
+    """sinks: how many of the first tokens stay; the rest of the budget holds the newest.
 
     Joins with tiers whose tokens are written one by one: exact, turboquant.
     """
-    budget = Budget(tokens=sinks + recent)
     return Recipe(selection=HeavyHitters(scorer=Recency(), budget=budget, sinks=sinks))

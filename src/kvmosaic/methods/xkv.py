@@ -10,39 +10,30 @@ from pathlib import Path
 from kvmosaic.calibration import load
 from kvmosaic.errors import NeedsCalibration
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import AttentionSums, Budget, ExpectedAttention, Scorer, TopTokens, WindowAttention
-from kvmosaic.selection.layers import Profiled
-
-SCORERS: dict[str, Scorer] = {
-    "snapkv": WindowAttention(8, 7, "mean"),
-    "h2o": AttentionSums(),
-    "expected_attention": ExpectedAttention(),
-}
-"""What can score tokens here; the first is the paper's."""
+from kvmosaic.selection import Budget, Profiled, TopTokens, budgeted, scorer_of
 
 
+@budgeted(keep=0.25)
 def xkv(
-    keep: float | None = None,
+    budget: Budget,
     *,
-    tokens: int | None = None,
     profile: str | Path | None = None,
-    scorer: str = "snapkv",
+    scorer: str = "snapkv_mean",
     recent: int = 8,
 ) -> Recipe:
-    """keep: share of the prompt's tokens that stays, in the mean over layers; or tokens: how many. 0.25 if neither is.
+    """profile: a file of `kvmosaic profile`, made with the same scorer.
 
-    profile: a file of `kvmosaic profile`, made with the same scorer. recent: the newest tokens, which always stay.
+    scorer: what scores tokens: snapkv_mean (the paper's), snapkv, h2o or expected_attention.
+    recent: the newest tokens, which always stay.
+
     Generated tokens all stay.
     """
-    if scorer not in SCORERS:
-        raise ValueError(f"no scorer {scorer!r}. There are: {', '.join(SCORERS)}")
+    chosen = scorer_of(scorer)
     if profile is None:
         raise NeedsCalibration(
             "xkv has no profile of the layers. Make one with: kvmosaic profile --model NAME --data FILE --out PROFILE, "
             "and give it as profile=PROFILE"
         )
     found = load(profile, method="xkv", options={"scorer": scorer})
-    selection = TopTokens(
-        scorer=SCORERS[scorer], budget=Budget.of(keep, tokens), recent=recent, layers=Profiled(found.tensors["gains"])
-    )
+    selection = TopTokens(scorer=chosen, budget=budget, recent=recent, layers=Profiled(found.tensors["gains"]))
     return Recipe(selection=selection, fingerprint=found.fingerprint)

@@ -10,7 +10,7 @@ factors per tier and run; random probes without replacement.
 
 from kvmosaic.codecs import Uniform
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Saliency
+from kvmosaic.selection import Protect, Saliency
 from kvmosaic.stores import Coded, Lane
 
 
@@ -28,11 +28,20 @@ def zipcache(
     gather: int = 100,
     released: bool = False,
     seed: int = 0,
+    protect: Protect | int | str | None = None,
 ) -> Recipe:
     """salient: share of the tokens that is kept at `bits`; the others at `low_bits` (1, 2, 4 or 8 each).
 
     probes: share of the queries that score. gather: how many generated tokens wait, exact, before they are chosen among.
     released: the released code's divisor. seed: of the random probes.
+    protect: prompt tokens that are salient in any case: a count of the first ones, visual, text, or both as 4+visual.
     """
-    selection = Saliency(share=salient, probes=(probes / 2, probes / 2), gather=gather, released=released, seed=seed)
+    selection = Saliency(
+        share=salient,
+        probes=(probes / 2, probes / 2),
+        gather=gather,
+        released=released,
+        seed=seed,
+        protect=Protect.read(protect),
+    )
     return Recipe(selection=selection, tiers=(tier(bits), tier(low_bits)))

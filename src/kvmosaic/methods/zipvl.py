@@ -8,7 +8,7 @@ important (the next one is read off it); values' channel factors per tier, as in
 from kvmosaic.methods.zipcache import tier
 from kvmosaic.prefill import AmongImportant
 from kvmosaic.recipe import Recipe
-from kvmosaic.selection import Saliency
+from kvmosaic.selection import Protect, Saliency
 
 
 def zipvl(
@@ -21,6 +21,7 @@ def zipvl(
     probes: int = 64,
     gather: int = 100,
     seed: int = 0,
+    protect: Protect | int | str | None = None,
 ) -> Recipe:
     """mass: the part of the attention that the important tokens of a layer receive; the paper's tau.
 
@@ -28,9 +29,18 @@ def zipvl(
     sparse: attend among important tokens alone at the first prompt; False = to all of them.
     probes: queries that score: this many of the newest, and as many others. gather: how many generated tokens wait,
         exact, before they are chosen among. seed: of the random probes.
+    protect: prompt tokens that are important in any case: a count of the first ones, visual, text, or both as 4+visual.
     """
     return Recipe(
-        selection=Saliency(mass=mass, by_head=False, drop=evict, probes=(probes, probes), gather=gather, seed=seed),
+        selection=Saliency(
+            mass=mass,
+            by_head=False,
+            drop=evict,
+            probes=(probes, probes),
+            gather=gather,
+            seed=seed,
+            protect=Protect.read(protect),
+        ),
         tiers=(tier(bits),) if evict else (tier(bits), tier(low_bits)),
         prefill=AmongImportant() if sparse else None,
     )

@@ -1,13 +1,24 @@
 """Which tokens stay, and in which tier: decided once, when a token is about to be stored."""
 
-from kvmosaic.selection.base import DROP, WAIT, Budget, Evicting, Gathering, Selection, Step
+from kvmosaic.selection.base import DROP, WAIT, Evicting, Gathering, Selection, Step
+from kvmosaic.selection.budget import Budget, Protect, budgeted
 from kvmosaic.selection.layers import LayerBudgets, Profiled, Pyramid
 from kvmosaic.selection.saliency import Saliency
-from kvmosaic.selection.scores import AttentionSums, ExpectedAttention, Recency, Scorer, WindowAttention
+from kvmosaic.selection.scores import (
+    SCORERS,
+    AttentionSums,
+    ExpectedAttention,
+    Recency,
+    Reconstruction,
+    Scorer,
+    WindowAttention,
+    scorer_of,
+)
 from kvmosaic.selection.top import HeavyHitters, TopTokens
 
 __all__ = [
     "DROP",
+    "SCORERS",
     "WAIT",
     "AttentionSums",
     "Budget",
@@ -17,12 +28,16 @@ __all__ = [
     "HeavyHitters",
     "LayerBudgets",
     "Profiled",
+    "Protect",
     "Pyramid",
     "Recency",
+    "Reconstruction",
     "Saliency",
     "Scorer",
     "Selection",
     "Step",
     "TopTokens",
     "WindowAttention",
+    "budgeted",
+    "scorer_of",
 ]

@@ -1,7 +1,7 @@
 """What a selection sees, and what it answers."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,7 +23,14 @@ class Step(NamedTuple):
     keys: Tensor  # [B, H, T, D], rotated
     values: Tensor  # [B, H, T, D]
     scale: float  # of the logits
-    valid: Tensor  # [B, T] bool, False for padding
+    place: Tensor  # [B, T] int64, among all tokens that its row has seen; -1 for padding
+    visual: Tensor  # [B, T] bool
+    frequencies: Tensor | None  # [R], of the rotary embedding, radians a place; None = not known
+
+    @property
+    def valid(self) -> Tensor:
+        """[B, T] bool, False for padding."""
+        return self.place >= 0
 
 
 class Selection(Protocol):
@@ -40,6 +47,31 @@ class Selection(Protocol):
     def expected(self, tokens: int, layer: int, layers: int) -> tuple[int, ...]:
         """How many of a prompt's tokens each tier will hold per KV head; for arithmetic without tensors."""
         ...
+
+    @property
+    def sees_visual(self) -> bool:
+        """Whether it must be told which tokens are visual."""
+        return False
+
+    @property
+    def replay(self) -> int | None:
+        """How many tokens of the first prompt are fed again at a time, to score them by what that pays to each; None = scores
+        come from the prompt's own pass. With it, `assign_scored(step, score)` is asked for the first prompt."""
+        return None
+
+    def assign_scored(self, step: Step, score: Tensor) -> Tensor:
+        """`assign` with scores [B, H, T] float32 at hand, for selections that are told them."""
+        return self.assign(step)
+
+    @property
+    def sized(self) -> bool:
+        """Whether its budget is a size of memory, which is `resolved` when a prompt comes."""
+        return False
+
+    def resolved(self, tokens: int, visual: int, nbytes: Callable[["Selection", int], int]) -> "Selection":
+        """The same with a count of tokens for a prompt of `tokens`, `visual` of them visual: the greatest with which the
+        cache, of `nbytes` of a selection and a length, is no larger than asked. Raises ValueError if what must stay is larger."""
+        return self
 
 
 class Gathering(Selection):
@@ -68,17 +100,17 @@ class Evicting(Selection):
 
     @abstractmethod
     def score(self, step: Step) -> Tensor:
-        """[B, H, T] float32, which the first prompt's tokens take with them."""
+        """[B, H, T] float32, which the first prompt's tokens take with them; infinite for those that never leave."""
         ...
 
     @abstractmethod
-    def assign_scored(self, step: Step, score: Tensor) -> Tensor:
-        """`assign` with those scores at hand: they cost as much as the prompt's attention."""
+    def protected(self, step: Step) -> Tensor:
+        """[B, T] bool: the tokens of a prompt or a later turn that never leave."""
         ...
 
     @abstractmethod
     def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
-        """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first."""
+        """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first, the infinite never."""
         ...
 
 
@@ -88,39 +120,3 @@ def places(score: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
     )
-
-
-DEFAULT_KEEP = 0.25
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many tokens of a prompt stay in each KV head: a share of them (`keep`) or a count (`tokens`), one of the two.
-
-    Raises ValueError if both or neither is given, for a share outside (0, 1], or a count below 1.
-    """
-
-    keep: float | None = None
-    tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        if (self.keep is None) == (self.tokens is None):
-            raise ValueError(
-                f"give a budget as keep= (a share) or as tokens= (a count), got {self.keep} and {self.tokens}"
-            )
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise ValueError(f"keep is the share of tokens that stays, above 0 and at most 1, got {self.keep}")
-        if self.tokens is not None and self.tokens < 1:
-            raise ValueError(f"tokens is how many stay in each head, at least 1, got {self.tokens}")
-
-    @staticmethod
-    def of(keep: float | None, tokens: int | None) -> "Budget":
-        """As a method's options give it: a quarter of the tokens if neither is given."""
-        return Budget(DEFAULT_KEEP if keep is None and tokens is None else keep, tokens)
-
-    def count(self, present: Tensor) -> Tensor:
-        """present [...] int64, tokens of a prompt -> how many stay, never more than there are, never fewer than one."""
-        if self.tokens is not None:
-            return present.clamp_max(self.tokens)
-        assert self.keep is not None, "one of the two is set"
-        return (present * self.keep).round().to(torch.int64).clamp_min(1).minimum(present)

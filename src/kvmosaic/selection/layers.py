@@ -19,8 +19,8 @@ class LayerBudgets(Protocol):
 class Pyramid(LayerBudgets):
     """Shares that fall in even steps, from the lowest layer's to keep/beta (PyramidKV, arXiv:2406.02069).
 
-    A layer cannot keep more than it has; the excess is not given to others. The published rule rounds so that it
-    overshoots by up to 5 % on small budgets.
+    Where the lowest layer would keep more than it has, the steps are smaller. The published rule rounds so that it overshoots
+    by up to 5 % on small budgets.
     """
 
     beta: float = 20.0
@@ -32,8 +32,8 @@ class Pyramid(LayerBudgets):
     def share(self, keep: float, layer: int, layers: int) -> float:
         if layers == 1:
             return keep
-        least = 1 / self.beta
-        return keep * ((2 - least) - (2 - 2 * least) * layer / (layers - 1))
+        greatest = min(1.0, keep * (2 - 1 / self.beta))
+        return greatest - 2 * (greatest - keep) * layer / (layers - 1)
 
 
 @dataclass(frozen=True, eq=False)

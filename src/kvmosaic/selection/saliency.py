@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvmosaic.kernels.scores import column_sums
 from kvmosaic.selection.base import DROP, Gathering, Step, places
+from kvmosaic.selection.budget import UNPROTECTED, Protect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +18,7 @@ class Saliency(Gathering):
         layer. One of the two.
     by_head: each KV head chooses for itself; else all choose together, and the newest token is always salient.
     drop: the others are not kept.
+    protect: tokens of prompts that are salient whatever they receive, even if that makes them more than asked.
     probes: the newest queries that score, and the others at random: two shares of the tokens, or two counts.
     gather: generated tokens wait, exact, until this many have come, and are chosen among by probes of the same share.
     released: divide as ZipCache's code does, by the queries of the full matrix instead of by the probes that see the
@@ -29,6 +31,7 @@ class Saliency(Gathering):
     mass: float | None = None
     by_head: bool = True
     drop: bool = False
+    protect: Protect = UNPROTECTED
     probes: tuple[float, float] | tuple[int, int] = (0.05, 0.05)
     gather: int = 100
     released: bool = False
@@ -49,7 +52,11 @@ class Saliency(Gathering):
     def assign(self, step: Step) -> Tensor:
         asking = self._probes(step.valid)
         sums = column_sums(step.query, step.keys, step.scale, step.valid, asking)
-        return self._tiers(sums, step.valid if self.released else asking, step.valid)
+        return self._tiers(sums, step.valid if self.released else asking, step.valid, self.protect.among(step))
+
+    @property
+    def sees_visual(self) -> bool:
+        return self.protect.by_kind
 
     def asks(self, seen: int, waiting: int) -> bool:
         newest, others = self._counts(self.gather)
@@ -59,14 +66,15 @@ class Saliency(Gathering):
         return draw < others / (self.gather - newest)
 
     def assign_waiting(self, score: Tensor, asked: Tensor) -> Tensor:
-        return self._tiers(score, asked, torch.ones_like(asked))
+        every = torch.ones_like(asked)
+        return self._tiers(score, asked, every, ~every)
 
     def expected(self, tokens: int, layer: int, layers: int) -> tuple[int, ...]:
         """With `mass` the prompt decides: all tokens are counted as salient, which no prompt exceeds."""
         salient = tokens if self.share is None else round(self.share * tokens)
         return (salient,) if self.drop else (salient, tokens - salient)
 
-    def _tiers(self, sums: Tensor, asking: Tensor, valid: Tensor) -> Tensor:
+    def _tiers(self, sums: Tensor, asking: Tensor, valid: Tensor, protected: Tensor) -> Tensor:
         heads = sums.shape[1]
         if not self.by_head:
             sums = sums.mean(1, keepdim=True)
@@ -75,6 +83,7 @@ class Saliency(Gathering):
         score = torch.where(seen_by[:, None] > 0, sums / seen_by[:, None].clamp_min(1), -1.0)
         if not self.by_head:
             score[..., -1] = torch.inf  # rows are padded on the left: the token that the next one follows from
+        score = score.masked_fill(protected[:, None], torch.inf)
         score = score.masked_fill(~valid[:, None], -torch.inf)
         if self.mass is None:
             assert self.share is not None, "one of the two is set"
@@ -82,6 +91,7 @@ class Saliency(Gathering):
         else:  # the count comes from the plain sums, the choice from the normalized ones
             ordered = sums.sort(dim=-1, descending=True).values.cumsum(-1)
             salient = (ordered < self.mass * ordered[..., -1:]).sum(-1, keepdim=True) + 1
+        salient = salient.maximum(score.isposinf().sum(-1, keepdim=True))
         others = DROP if self.drop else 1
         return torch.where(places(score) < salient, 0, others).to(torch.int8).expand(-1, heads, -1)
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kvmosaic.kernels.attention import cpu, cuda, reference
-from kvmosaic.kernels.attention.dense import dense, dense_mass
+from kvmosaic.kernels.attention.dense import dense, dense_mass, dense_peaks
 from kvmosaic.kernels.attention.partial import Partial, merge
 from kvmosaic.kernels.attention.reference import Affine, mass
 
 if TYPE_CHECKING:
     from kvmosaic.stores.lane import LaneBytes
 
-__all__ = ["Affine", "Partial", "attend", "dense", "dense_mass", "mass", "merge"]
+__all__ = ["Affine", "Partial", "attend", "dense", "dense_mass", "dense_peaks", "mass", "merge"]
 
 
 def attend(

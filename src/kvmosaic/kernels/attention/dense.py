@@ -37,6 +37,17 @@ def dense_mass(
     return torch.stack(received).sum(0)
 
 
+def dense_peaks(
+    query: Tensor, keys: Tensor, scale: float, mask: Tensor | None, softcap: float | None, lse: Tensor, asking: Tensor
+) -> Tensor:
+    """[B, H, S] float32, the greatest share that any query `asking` [B, T] bool pays to each key; lse [B, H, G * T]."""
+    lse = lse.unflatten(2, query.shape[2:4])[..., None]
+    asking = asking[:, None, None, :, None]
+    parts = _logits(query, keys, scale, mask, softcap)
+    peaks = [((logits - lse[:, :, :, rows]).exp() * asking[:, :, :, rows]).amax((2, 3)) for rows, logits in parts]
+    return torch.stack(peaks).amax(0)
+
+
 def _logits(
     query: Tensor, keys: Tensor, scale: float, mask: Tensor | None, softcap: float | None
 ) -> Iterator[tuple[slice, Tensor]]:
