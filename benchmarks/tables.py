@@ -1,4 +1,5 @@
-"""Writes docs/results.md and the tables of README.md from docs/results.json and from the methods themselves.
+"""Writes docs/results.md, docs/gpu-results.md and the tables of README.md from docs/results.json, from
+benchmarks/results/gpu_*.json and from the methods themselves.
 
 Between a line `<!-- NAME -->` and a line `<!-- end -->` README.md is this script's.
 """
@@ -14,6 +15,15 @@ from kvmosaic.cli.output import text
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS, PAGE = ROOT / "README.md", ROOT / "docs" / "results.json", ROOT / "docs" / "results.md"
+
+GPU_PAGE, GPU_RESULTS = ROOT / "docs" / "gpu-results.md", ROOT / "benchmarks" / "results"
+
+GPU_HEAD = """# Results on a GPU
+
+Written by `benchmarks/tables.py` from `benchmarks/results/gpu_*.json`, which the commands named below made (`--commit` and
+`--out` left out). The floor is the bytes that have to be read over the bandwidth of a device-to-device copy in the same run.
+How it works, and what falls short: [gpu.md](gpu.md).
+"""
 
 HEAD = """# Results
 
@@ -81,6 +91,58 @@ def calibration_table(found: list[dict[str, Any]]) -> str:
     return head + markdown(rows)
 
 
+def gpu_cell(key: str, value: Any) -> str:
+    if key == "microseconds" or key == "floor":
+        return f"{value:,.1f} us" if value < 1000 else f"{value / 1000:,.2f} ms"
+    if isinstance(value, int) and key not in ("batch", "visual"):
+        return text(f"{key}_bytes", value)
+    if key.startswith("share"):
+        return f"{100 * value:.0f} %"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if "second" in key else f"{value:.2f}x"
+    return str(value)
+
+
+def gpu_rows(name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    found = json.loads((GPU_RESULTS / f"{name}.json").read_text())
+    return found["setting"], found["rows"]
+
+
+def gpu_page() -> str:
+    """Every file's rows; rows with the same columns share a table."""
+    parts = [GPU_HEAD]
+    for path in sorted(GPU_RESULTS.glob("gpu_*.json")):
+        setting, rows = gpu_rows(path.stem)
+        command = re.sub(r" --(commit|out) \S+", "", setting["command"])
+        told = f"{setting['gpu']}, torch {setting['torch']}, transformers {setting['transformers']}, commit {setting['commit'][:7]}"
+        if "copy bandwidth, bytes a second" in setting:
+            told += f", copy {setting['copy bandwidth, bytes a second'] / 1e12:.2f} TB/s"
+        parts.append(f"## {path.stem.removeprefix('gpu_').replace('_', ' ')}\n\n`{command}`: {told}.\n")
+        for columns in dict.fromkeys(tuple(row) for row in rows):
+            same = [row for row in rows if tuple(row) == columns]
+            parts.append(markdown([{key: gpu_cell(key, row[key]) for key in columns} for row in same]))
+    return "\n".join(parts)
+
+
+def gpu_readme() -> str:
+    setting, rows = gpu_rows("gpu_attention")
+    shown = ("Triton split-KV", "exact", "runs 4", "runs 2", "runs 1", "kivi 4, groups of 128", "kivi 2, groups of 128", "turboquant 2, window 32")
+    own = {row["form"]: row for row in rows if row["shape"] == "64 x 32k"}
+    table = markdown(
+        [
+            {
+                "cache": name + (", bfloat16" if name == "Triton split-KV" else ""),
+                "one step": gpu_cell("microseconds", own[name]["microseconds"]),
+                "bytes": gpu_cell("bytes", own[name]["bytes"]),
+                "share of the copy bandwidth": gpu_cell("share", own[name]["share of the floor"]),
+                "against the best in bfloat16": gpu_cell("against", own[name]["against the best in bfloat16"]),
+            }
+            for name in shown
+        ]
+    )
+    return f"**Decode attention, 64 sequences of 32k tokens, 32/8 heads of 128** ({setting['gpu']})\n\n{table}"
+
+
 def replace_part(page: str, name: str, part: str) -> str:
     """`page` with what lies between the two marks replaced. Raises ValueError if a mark is missing."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -102,6 +164,7 @@ def readme(page: str, rows: list[dict[str, Any]]) -> str:
         if own:
             note = f"**{own[0]['model']}: {title}** ({own[0]['dtype']}, {own[0]['machine']})\n\n"
             parts.append(note + markdown([shown(row) for row in own]))
+    page = replace_part(page, "gpu", gpu_readme())
     return replace_part(page, "results", "\n".join(parts))
 
 
@@ -111,6 +174,7 @@ def main() -> None:
     if found["calibration"]:
         parts.append(calibration_table(found["calibration"]))
     PAGE.write_text("\n".join(parts))
+    GPU_PAGE.write_text(gpu_page())
     README.write_text(readme(README.read_text(), found["rows"]))
 
 

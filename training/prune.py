@@ -34,7 +34,9 @@ def grams(model: Any, batches: list[Batch]) -> list[Tensor]:
     with torch.no_grad():
         for batch in batches:
             model(
-                input_ids=batch.ids, use_cache=False, **({} if batch.pixels is None else {"pixel_values": batch.pixels})
+                input_ids=batch.ids,
+                use_cache=False,
+                **({} if batch.pixels is None else {"pixel_values": batch.pixels.float().div(127.5).sub(1)}),
             )
     for hook in hooks:
         hook.remove()
@@ -87,7 +89,11 @@ def main() -> None:
     )
     model = auto.from_pretrained(arguments.start, dtype=torch.float32).eval()
     seeds = random.Random(0)
-    narrow(model, [draw(tokenizer, 8192, seeds.getrandbits(32)) for _ in range(arguments.batches)], arguments.width)
+    narrow(
+        model,
+        [draw(tokenizer, 8192, seeds.getrandbits(32)).to("cpu") for _ in range(arguments.batches)],
+        arguments.width,
+    )
     save_checkpoint(model, tokenizer, arguments.out)
 
 

@@ -120,7 +120,7 @@ def score(
 def perplexity(model: Any, tokenizer: Any, length: int = 1024) -> dict[str, Any]:
     """Of the first `length` tokens of each held-out Python source."""
     losses = []
-    for text in lm.sources()[-20:]:
+    for text in lm.sources(held_out=True)[:20]:
         ids = tokenizer(text[: 4 * length], return_tensors="pt").input_ids[:, :length]
         losses.append(float(model(input_ids=ids, labels=ids).loss))
     return {

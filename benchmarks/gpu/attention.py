@@ -49,7 +49,10 @@ def forms() -> dict[str, Coded]:
         **{f"runs {bits}": by_run(bits) for bits in (8, 4, 2, 1)},
         **{f"kivi {bits}, groups of 128": kivi(bits) for bits in (4, 2)},
         **{f"kivi {bits}, groups of 32": kivi(bits, 32) for bits in (4, 2)},
-        **{f"mosaic {bits}": tier_of(methods.get("mosaic")(bits=bits)) for bits in (4, 2, 1)},
+        **{
+            f"turboquant {bits}, window 32": tier_of(methods.get("turboquant")(bits=bits, window=32))
+            for bits in (4, 2, 1)
+        },
         "runs 1, calibrated": Coded(by_run(1).keys, by_run(1).values, Affine()),
         "runs 2, calibrated": Coded(by_run(2).keys, by_run(2).values, Affine()),
     }

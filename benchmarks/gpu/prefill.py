@@ -31,7 +31,7 @@ def encoding(bandwidth: float) -> list[dict[str, Any]]:
     tiers: dict[str, Coded] = {
         **{f"runs {bits}": by_run(bits) for bits in (4, 2, 1)},
         **{f"kivi {bits}, groups of 32": kivi(bits, 32) for bits in (4, 2)},
-        **{f"mosaic {bits}": tier_of(methods.get("mosaic")(bits=bits)) for bits in (4, 2, 1)},
+        **{f"turboquant {bits}": tier_of(methods.get("turboquant")(bits=bits, window=32)) for bits in (4, 2, 1)},
     }
     for name, tier in tiers.items():
         for role, settings in (("keys", tier.keys), ("values", tier.values)):
