@@ -126,7 +126,16 @@ def gpu_page() -> str:
 
 def gpu_readme() -> str:
     setting, rows = gpu_rows("gpu_attention")
-    shown = ("Triton split-KV", "exact", "runs 4", "runs 2", "runs 1", "kivi 4, groups of 128", "kivi 2, groups of 128", "turboquant 2, window 32")
+    shown = (
+        "Triton split-KV",
+        "exact",
+        "runs 4",
+        "runs 2",
+        "runs 1",
+        "kivi 4, groups of 128",
+        "kivi 2, groups of 128",
+        "turboquant 2, window 32",
+    )
     own = {row["form"]: row for row in rows if row["shape"] == "64 x 32k"}
     table = markdown(
         [
