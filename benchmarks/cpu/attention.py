@@ -42,9 +42,9 @@ def runs(bits: int) -> Coded:
     return Coded(Lane(Uniform(bits=bits, axis="channel")), Lane(Uniform(bits=bits, axis="channel")))
 
 
-def mosaic(bits: int) -> Coded:
-    """Rotated tokens on the sphere's levels, the newest 32 exact."""
-    return methods.mosaic(bits=bits).tiers[0]
+def turboquant(bits: int) -> Coded:
+    """Rotated tokens on the sphere's levels, the newest 32 exact: `mosaic` with 4, 3 or 2 bits."""
+    return methods.turboquant(bits=bits, window=32).tiers[0]
 
 
 def filled(tier: Coded, batch: int, heads: int, tokens: int) -> CodedStore:
@@ -87,7 +87,7 @@ def row(batch: int, heads: int, tokens: int, seconds: float, ggml: Ggml | None) 
         flat = (x.flatten(0, 1) for x in (query, keys, values))
         work[others[-1]] = FlashAttention(ggml, kind, *flat, torch.get_num_threads())
     size = {}
-    for tier, widths in ((runs, (8, 4, 2, 1)), (kivi, (8, 4, 2, 1)), (mosaic, (4, 3, 2, 1))):
+    for tier, widths in ((runs, (8, 4, 2, 1)), (kivi, (8, 4, 2, 1)), (turboquant, (4, 3, 2, 1))):
         for bits in widths:
             store, name = filled(tier(bits), batch, heads, tokens), f"{tier.__name__} {bits}"
             work[name] = lambda store=store: store.attend(query, CHANNELS**-0.5, None)
