@@ -1,6 +1,7 @@
 """What the GPU benchmarks share: stores of random bytes, times by device events, the machine, and the results' file."""
 
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def machine(commit: str) -> dict[str, Any]:
         "triton": triton.__version__,
         "transformers": transformers.__version__,
         "commit": commit or found,
-        "command": f"python {' '.join(sys.argv)}",
+        "command": f"python {shlex.join(sys.argv)}",
     }
 
 
