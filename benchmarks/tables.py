@@ -149,7 +149,7 @@ def gpu_readme() -> str:
             for name in shown
         ]
     )
-    return f"**Decode attention, 64 sequences of 32k tokens, 32/8 heads of 128** ({setting['gpu']})\n\n{table}"
+    return f"**Decode attention, 64 sequences of 32k tokens, 32/8 heads of 128** ({setting['gpu']}; `runs`: one range a channel, CalibQuant's form)\n\n{table}"
 
 
 def replace_part(page: str, name: str, part: str) -> str:
