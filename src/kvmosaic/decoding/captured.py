@@ -7,7 +7,6 @@ later. A step after the last row has ended stores nothing.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import deque
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from transformers.generation import (
 
 from kvmosaic.hooks.attach import cache_in, unhooked
 from kvmosaic.hooks.cache import Cache
-from kvmosaic.hooks.models import CACHE_ARGUMENTS
+from kvmosaic.hooks.models import CACHE_ARGUMENTS, cache_argument
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import size
 from kvmosaic.stores import EXACT
@@ -74,7 +73,7 @@ class Decoder:
         decoder.generate(**inputs, max_new_tokens=200)
 
     capacity: tokens of prompt and answer together that memory is reserved for; more make it grow, and the step is
-        captured anew. None = what the first call needs.
+        captured anew. 0 = what the first call needs.
     compiled: as in `generate`.
     """
 
@@ -93,10 +92,6 @@ class Decoder:
         self.compiled = model.device.type == "cuda" if compiled is None else compiled
         self._steps: _Steps | None = None
 
-    def why_not(self) -> str | None:
-        """Why steps of this model and recipe cannot be captured; None if they can."""
-        return Cache(self.model, self.recipe).why_not_pinned(self.model.dtype, self.model.device)
-
     def release(self) -> None:
         """Give up the captured step and its memory."""
         if self._steps is not None:
@@ -108,10 +103,12 @@ class Decoder:
         given = cache_in(arguments)
         if given is not None and not isinstance(given, Cache):
             raise ValueError(f"the cache must be a kvmosaic.Cache, got {type(given).__name__}")
-        reason = self.why_not() if given is None else given.why_not_pinned(self.model.dtype, self.model.device)
+        cache = Cache(self.model, self.recipe) if given is None else given
+        reason = cache.why_not_pinned(self.model.dtype, self.model.device)
+        if reason is not None and given is None and self.method.is_exact:
+            cache = Cache(self.model, self.method)
         if given is None:
-            recipe = self.recipe if reason is None else self.method
-            arguments[_cache_argument(self.model)] = Cache(self.model, recipe)
+            arguments[cache_argument(self.model)] = cache
         if reason is not None:
             _tell(f"decoding is not captured, and generate runs as it is: {reason}", self.model.device.type)
             return self.model.generate(streamer=streamer, **arguments)
@@ -256,7 +253,7 @@ class _Steps:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.done = 0
         cache.pin(room, self.live)
-        self.arguments = {_cache_argument(model): cache, "use_cache": True, "return_dict": True}
+        self.arguments = {cache_argument(model): cache, "use_cache": True, "return_dict": True}
         self.forward = torch.compile(model.forward) if compiled else model.forward
 
     def take(self, cache: Cache, tensors: dict[str, Tensor], choice: _Choice, most: int) -> bool:
@@ -340,10 +337,6 @@ class _Steps:
         self.tensors["position_ids"] += self.live
         self.ended |= self.choice.ends(chosen)
         self.live.copy_(~self.ended.all())
-
-
-def _cache_argument(model: PreTrainedModel) -> str:
-    return next(name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
 
 
 @lru_cache(maxsize=64)

@@ -58,7 +58,7 @@ def attach(model: PreTrainedModel, recipe: Recipe) -> None:
         raise ValueError("a recipe is attached to this model already. Call kvmosaic.detach(model) first")
     Cache(model, recipe)  # refuses now, not at the first generate
     stock = model._prepare_cache_for_generation
-    name = next(name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
+    name = models.cache_argument(model)
 
     def prepare_cache(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if cache_in(model_kwargs) is None and generation_config.use_cache is not False:

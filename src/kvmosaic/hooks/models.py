@@ -1,10 +1,11 @@
 """Which transformers models a compressed cache can serve, and why not the others."""
 
+import inspect
 import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import get_layer_types_and_kwargs
 
@@ -29,6 +30,11 @@ REFUSED = {
 """By `model_type` of the text model."""
 
 SUPPORTED = "Llama, Qwen2, Qwen3, Mistral, Phi3, Gemma3, InternVL, LLaVA-OneVision, LLaVA-NeXT, Qwen2.5-VL, Qwen3-VL"
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What this model's forward calls the cache."""
+    return next(name for name in CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
 
 
 def text_config(config: Any) -> Any:

@@ -1,7 +1,6 @@
 """Feeding a prompt again after itself, to learn which of its tokens the repetition reads (KVzip, arXiv:2505.23416)."""
 
 import copy
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ def replay(model: Any, cache: Any, ids: Tensor, size: int, layers: Sequence[Cach
     assert waiting is not None, "only a prompt that waits is fed again"
     valid = torch.ones_like(ids, dtype=torch.bool) if waiting.valid is None else waiting.valid
     decoder: nn.Module = model.get_decoder()
-    name = next(name for name in models.CACHE_ARGUMENTS if name in inspect.signature(decoder.forward).parameters)
+    name = models.cache_argument(decoder)
     whole = list(cache.layers)
     # rows are fed from their own first token, so that padding moves no border between pieces
     present = valid.sum(1, keepdim=True)

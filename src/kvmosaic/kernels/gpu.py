@@ -76,6 +76,11 @@ class Form:
     unit: float = 0.0
     rotation: int | None = None  # its seed
 
+    @property
+    def by_run(self) -> bool:
+        """Whether a run of tokens shares parameters."""
+        return bool(self.factor) or (self.form == 1 and not self.group)
+
     def macros(self, role: Role) -> dict[str, str]:
         values = asdict(self) | {
             **{name: f"{getattr(self, name):.9e}f" for name in ("step", "zero", "unit")},

@@ -122,7 +122,7 @@ class PerLayer:
         return self.tiers[layer]
 
     def affine_of(self, layer: int) -> Affine | None:
-        return self.tiers[layer].affine
+        return self._of(layer).affine
 
 
 class CodedStore:

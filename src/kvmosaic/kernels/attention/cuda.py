@@ -94,15 +94,11 @@ def why_not(keys: Lane, values: Lane, channels: int, affine: bool = False) -> st
         return "keys and values are rotated differently"
     if alike:
         return "calibrated logits beside exact tokens" if affine and keys.ring else None
-    if affine or key_form.rotation is not None or (_by_run(key_form) and _by_run(value_form)):
+    if affine or key_form.rotation is not None or (key_form.by_run and value_form.by_run):
         return "keys and values with windows of different sizes"
     if keys.ring > values.window:
         return "values that are encoded before their keys"
     return None
-
-
-def _by_run(form: gpu.Form) -> bool:
-    return bool(form.factor) or (form.form == 1 and not form.group)
 
 
 def attend(

@@ -54,7 +54,7 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
     x = x if x.stride(3) == 1 else x.contiguous()
     if lane.by_run:
         _write_run(lane, x, count)
-    side, held = _side(lane, form, x.device)
+    side, held = _side(lane)
     # a run's parameters have just been added: the run itself is counted later
     side.runs = max((lane.buffers[name].shape[2] for name, part in lane.parts.items() if part.every is None), default=0)
     arguments = _Writing(
@@ -96,8 +96,8 @@ def append(keys: LaneBytes, values: LaneBytes, length: Tensor, live: Tensor, new
     forms = [gpu.form(lane.lane.codec, lane.role, lane.channels) for lane in (keys, values)]
     key_form, value_form = forms
     assert isinstance(key_form, gpu.Form) and isinstance(value_form, gpu.Form), "asked before (`why_not`)"
-    key_side, held_keys = _side(keys, key_form, length.device)
-    value_side, held_values = _side(values, value_form, length.device)
+    key_side, held_keys = _side(keys)
+    value_side, held_values = _side(values)
     batch, heads = length.shape
     arguments = _Append(key_side, value_side, length.data_ptr(), live.data_ptr(), gpu.fresh(*new), heads)
     macros = _macros(keys, key_form, value_form) | {"APPENDS": "1"}
@@ -110,7 +110,7 @@ def why_not(codec: Codec, role: str, channels: int) -> str | None:
     form = gpu.form(codec, "keys" if role == "keys" else "values", channels)
     if isinstance(form, str):
         return form
-    if form.form and (form.factor or (form.form == 1 and not form.group)):
+    if form.by_run:
         return "ranges over a run of tokens, of which a decode step has only one"
     if form.group and BLOCK % form.group:
         return f"groups of {form.group} tokens do not fill blocks of {BLOCK}"
@@ -122,9 +122,9 @@ def _macros(lane: LaneBytes, keys: gpu.Form, values: gpu.Form) -> dict[str, str]
     return head | keys.macros("keys") | values.macros("values")
 
 
-def _side(lane: LaneBytes, form: gpu.Form, device: torch.device) -> tuple[_Side, list[Tensor]]:
+def _side(lane: LaneBytes) -> tuple[_Side, list[Tensor]]:
     """The lane's tensors as the kernels write them, and what must outlive the launch."""
-    described = gpu.describe(lane)
+    described, device = gpu.describe(lane), lane.coded.device
     shared = (
         "codes",
         "scale",
