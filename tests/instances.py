@@ -8,7 +8,7 @@ from kvmosaic import methods
 from kvmosaic.codecs import Codec, Coupled, Exact, Levels, Rotated, Sketched, Sphere, Split, Uniform
 from kvmosaic.errors import NeedsCalibration
 from kvmosaic.recipe import Recipe
-from kvmosaic.stores import Coded, Lane
+from kvmosaic.stores import EXACT, Coded, Lane
 
 
 def tables(coupled: int, bits: int, heads: int = 2, channels: int = 64) -> Coupled:
@@ -47,8 +47,6 @@ CODECS: dict[str, Codec] = {
     "by-head2": Uniform(bits=2, axis="channel", clip=(0.5, 0.9)),
 }
 """All are made for two KV heads and head sizes that are multiples of 32."""
-
-EXACT = Coded(Lane(Exact()), Lane(Exact()))
 
 
 def coded(codec: Codec, window: int = 0, groups: int = 1) -> Coded:

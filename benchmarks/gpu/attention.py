@@ -4,9 +4,7 @@ One step of one layer. The floor is the bytes of the store over the bandwidth of
 flash and cuDNN attention, a split-KV kernel in Triton with its best settings) read the same tokens in bfloat16 in the same run.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from common import (
-    EXACT,
     by_run,
     copy_bandwidth,
     graphed,
@@ -22,6 +19,7 @@ from common import (
     machine,
     microseconds,
     nbytes,
+    parser,
     random_store,
     tier_of,
     write,
@@ -32,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kvmosaic import methods
 from kvmosaic.kernels.attention import Affine, cuda
 from kvmosaic.kernels.attention.cuda import Source
-from kvmosaic.stores import Coded
+from kvmosaic.stores import EXACT, Coded
 
 SHAPES: dict[str, tuple[int, int, int, int, int]] = {  # batch, KV heads, queries a KV head, tokens, channels
     "64 x 32k": (64, 8, 4, 32768, 128),
@@ -129,12 +127,10 @@ def ours(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--forms", nargs="*", choices=forms(), default=list(forms()))
-    parser.add_argument("--commit", default="", help="of this code, where it is no clone")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--shapes", nargs="*", choices=SHAPES, default=list(SHAPES))
+    options.add_argument("--forms", nargs="*", choices=forms(), default=list(forms()))
+    arguments = options.parse_args()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     setting = machine(arguments.commit) | {"copy bandwidth, bytes a second": bandwidth}

@@ -1,5 +1,6 @@
 """What the GPU benchmarks share: stores of random bytes, times by device events, the machine, and the results' file."""
 
+import argparse
 import json
 import shlex
 import statistics
@@ -14,11 +15,19 @@ import transformers
 import triton
 from torch import Tensor
 
-from kvmosaic.codecs import Exact, Uniform
+from kvmosaic.codecs import Uniform
 from kvmosaic.recipe import Recipe
 from kvmosaic.stores import Coded, CodedStore, Lane
 
 RESULTS = Path(__file__).parents[1] / "results"
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """With the arguments that every benchmark has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--commit", default="", help="of this code, where it is no clone")
+    made.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
+    return made
 
 
 def machine(commit: str) -> dict[str, Any]:
@@ -125,9 +134,6 @@ def kivi(bits: int, group: int = 128) -> Coded:
     """Keys by channel over `group` tokens, values by token; the newest tokens exact."""
     keys = Lane(Uniform(bits=bits, axis="channel", group=group), flush=128)
     return Coded(keys, Lane(Uniform(bits=bits, axis="token", group=None if group == 128 else group), window=128))
-
-
-EXACT = Coded(Lane(Exact()), Lane(Exact()))
 
 
 def tier_of(recipe: Recipe) -> Coded:

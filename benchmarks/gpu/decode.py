@@ -5,16 +5,14 @@ floor is the bytes of weights and cache over the bandwidth of a device-to-device
 its 4-bit QuantizedCache (where optimum-quanto is installed), called as generate calls them.
 """
 
-import argparse
 import gc
 import importlib.util
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, machine, microseconds, random_store, write
+from common import copy_bandwidth, machine, microseconds, parser, random_store, write
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import QuantizedCache
 from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
@@ -23,7 +21,7 @@ import kvmosaic
 from kvmosaic import Recipe, methods
 from kvmosaic.decoding.captured import WARM_UP, _Choice, _Steps
 from kvmosaic.hooks.attach import unhooked
-from kvmosaic.hooks.layer import EXACT
+from kvmosaic.stores import EXACT
 
 CONFIG = LlamaConfig(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -122,14 +120,12 @@ def rivals() -> dict[str, Callable[[], Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
-    parser.add_argument("--recipes", nargs="*", default=RECIPES)
-    parser.add_argument("--eager", action="store_true", help="the model's own part of a step as it is, not compiled")
-    parser.add_argument("--no-rivals", action="store_true")
-    parser.add_argument("--commit", default="", help="of this code, where it is no clone")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
+    options.add_argument("--recipes", nargs="*", default=RECIPES)
+    options.add_argument("--eager", action="store_true", help="the model's own part of a step as it is, not compiled")
+    options.add_argument("--no-rivals", action="store_true")
+    arguments = options.parse_args()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     setting = machine(arguments.commit) | {"copy bandwidth, bytes a second": bandwidth, "compiled": not arguments.eager}

@@ -5,14 +5,12 @@ Encoding alone: the bytes that come in over the bandwidth of a device-to-device 
 weights, stored bytes and one layer's dense keys and values.
 """
 
-import argparse
 import gc
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import by_run, copy_bandwidth, kivi, machine, microseconds, tier_of, write
+from common import by_run, copy_bandwidth, kivi, machine, microseconds, parser, tier_of, write
 from decode import CONFIG, random_model, recipe
 
 import kvmosaic
@@ -105,10 +103,7 @@ def peaks(model: Any) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--commit", default="", help="of this code, where it is no clone")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__).parse_args()
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     setting = machine(arguments.commit) | {"copy bandwidth, bytes a second": bandwidth}

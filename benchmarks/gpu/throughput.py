@@ -5,13 +5,11 @@ ones, the largest batch whose cache fits the budget at its end. Ours: one replay
 pictures with KIVI at 2 bits for text against our own exact cache, and against transformers' DynamicCache.
 """
 
-import argparse
 import gc
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import machine, microseconds, write
+from common import machine, microseconds, parser, write
 from decode import CONFIG, cache_bytes, captured, filled, random_model, rival_step
 from transformers import DynamicCache
 
@@ -31,13 +29,11 @@ def bytes_a_sequence(model: Any, text: str, visual: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--budgets", nargs="*", type=int, default=[5, 10, 20, 30], help="in GB, 10^9 bytes")
-    parser.add_argument("--visual", nargs="*", type=int, default=[3328, 8192])
-    parser.add_argument("--eager", action="store_true", help="the model's own part of a step as it is, not compiled")
-    parser.add_argument("--commit", default="", help="of this code, where it is no clone")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--budgets", nargs="*", type=int, default=[5, 10, 20, 30], help="in GB, 10^9 bytes")
+    options.add_argument("--visual", nargs="*", type=int, default=[3328, 8192])
+    options.add_argument("--eager", action="store_true", help="the model's own part of a step as it is, not compiled")
+    arguments = options.parse_args()
     torch.manual_seed(0)
     setting = machine(arguments.commit) | {"compiled": not arguments.eager}
     print(setting, flush=True)
