@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from kvmosaic.errors import BadCalibration, CacheInUse, CacheMismatch, RecipeConflict, UnsupportedModel
-from kvmosaic.hooks import models
+from kvmosaic.hooks import models, pinned
 from kvmosaic.hooks.layer import CacheLayer
 from kvmosaic.hooks.replay import replay
 from kvmosaic.hooks.rotary import Rotary
@@ -215,21 +215,23 @@ class Cache(TransformersCache):  # type: ignore[misc]
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, CacheLayer):
                 return f"layer {index} does not attend to the whole context"
-            reason = layer.why_not_pinned(self.head_size, dtype, device)
+            reason = pinned.why_not(layer.recipe, index, self.head_size, dtype, device)
             if reason:
                 return reason
         return None
 
     def pin(self, tokens: int, live: Tensor) -> None:
-        """Every step from now on is one token a row, `tokens` at most; see `CacheLayer.pin`."""
+        """Every step from now on is one token a row, `tokens` at most; see `hooks/pinned.py`."""
         self.settle()
         for layer in self.layers:
-            layer.pin(tokens, live)
+            layer.pinned = pinned.Pinned(layer, tokens, live)
         self.pinned = True
 
     def load(self, other: "Cache", tokens: int) -> bool:
         """Take over another cache's tokens into this one, that was pinned; False (and broken) if they have no room."""
-        self.pinned = all(mine.load(new, tokens) for mine, new in zip(self.layers, other.layers, strict=True))
+        self.pinned = all(
+            mine.pinned.load(mine, new, tokens) for mine, new in zip(self.layers, other.layers, strict=True)
+        )
         return self.pinned
 
     def count(self, steps: int) -> None:
@@ -240,7 +242,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
     def unpin(self) -> None:
         """Back to steps of any size, as any other cache."""
         for layer in self.layers:
-            layer.unpin()
+            layer.pinned = None
         self.pinned = False
 
     def _empty_layers(self) -> list[Any]:

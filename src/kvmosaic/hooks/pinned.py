@@ -1,0 +1,76 @@
+"""Steps of one token a row that are kernels only, so that a CUDA graph can hold them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kvmosaic.errors import UnsupportedModel
+from kvmosaic.kernels import step
+from kvmosaic.projection import NO_KERNEL
+from kvmosaic.recipe import Recipe
+from kvmosaic.selection import Evicting, Gathering
+from kvmosaic.stores import CodedStore
+
+if TYPE_CHECKING:
+    from kvmosaic.hooks.layer import CacheLayer
+
+
+def why_not(recipe: Recipe, layer: int, channels: int, dtype: torch.dtype, device: torch.device | None) -> str | None:
+    """Why steps of a layer, filled by a prompt, cannot be kernels only; None if they can.
+
+    channels: the head size. device: None = any GPU.
+    """
+    if isinstance(recipe.selection, Evicting | Gathering):
+        return "its selection goes on while decoding"
+    if recipe.first:
+        return "its first tokens have a store of their own"
+    if recipe.projection is not None:
+        return NO_KERNEL
+    tiers = [*recipe.stored_in, *([recipe.visual] if recipe.visual else [])]
+    stores = [(tier.lanes(layer), tier.affine_of(layer)) for tier in tiers]
+    return step.why_not(stores, channels, dtype, device)
+
+
+class Pinned:
+    """What a layer has while every step is one token a row, `tokens` of them at most, by kernels that find all lengths on the
+    device: its stores lie where they are, with room for what comes.
+
+    live: [1] int32 on the device; while it is 0 a step stores nothing.
+    """
+
+    def __init__(self, layer: CacheLayer, tokens: int, live: Tensor) -> None:
+        empty = torch.empty(
+            layer.batch_size, layer.num_heads, 0, layer.head_sizes[0], dtype=layer.dtype, device=layer.device
+        )
+        if "tier 0" not in layer.stores:
+            layer.stores["tier 0"] = layer.recipe.stored_in[0].open(layer.index, empty, empty)
+        stores: list[CodedStore] = []
+        for name in sorted(layer.stores, key=lambda name: name != "tier 0"):  # the first takes the new tokens
+            store = layer.stores[name]
+            assert isinstance(store, CodedStore), "asked before (`why_not`)"
+            store.pin(int(store.length.max()) + (0 if stores else tokens))
+            stores.append(store)
+        self.step = step.register(stores, live)
+
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor:
+        """As `CacheLayer.attend`."""
+        if sinks is not None:
+            raise UnsupportedModel("a captured step knows no attention sinks; call model.generate instead")
+        return step.run(self.step, query, keys, values, scale, softcap)
+
+    def load(self, layer: CacheLayer, other: CacheLayer, tokens: int) -> bool:
+        """Take over another layer's tokens into this pinned one, if there is room for them and for `tokens` more."""
+        if layer.stores.keys() != other.stores.keys() or layer.batch_size != other.batch_size:
+            return False
+        for name, store in layer.stores.items():
+            new = other.stores[name]
+            assert isinstance(store, CodedStore) and isinstance(new, CodedStore), "asked before (`why_not`)"
+            if (name == "tier 0" and store.room < int(new.length.max()) + tokens) or not store.load(new):
+                return False
+        layer.seen, layer.padding = other.seen, other.padding
+        return True
