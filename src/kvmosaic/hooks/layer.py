@@ -425,7 +425,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             position = None if tokens.position is None else tokens.position.mT
             store.put(tokens.keys, tokens.values, valid, keep, tokens.score, position)
         self.stores["tier 0"] = store
-        store.evict(selection.rank)
+        store.evict(selection.order.rank)
 
     @contextmanager
     def _naming_the_layer(self) -> Iterator[None]:
