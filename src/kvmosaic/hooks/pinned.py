@@ -12,7 +12,7 @@ from kvmosaic.kernels import step
 from kvmosaic.projection import NO_KERNEL
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import Evicting, Gathering
-from kvmosaic.stores import CodedStore
+from kvmosaic.stores import CodedStore, EvictingStore
 
 if TYPE_CHECKING:
     from kvmosaic.hooks.layer import CacheLayer
@@ -23,7 +23,7 @@ def why_not(recipe: Recipe, layer: int, channels: int, dtype: torch.dtype, devic
 
     channels: the head size. device: None = any GPU.
     """
-    if isinstance(recipe.selection, Evicting | Gathering):
+    if isinstance(recipe.selection, Gathering):
         return "its selection goes on while decoding"
     if recipe.first:
         return "its first tokens have a store of their own"
@@ -31,6 +31,8 @@ def why_not(recipe: Recipe, layer: int, channels: int, dtype: torch.dtype, devic
         return NO_KERNEL
     tiers = [*recipe.stored_in, *([recipe.visual] if recipe.visual else [])]
     stores = [(tier.lanes(layer), tier.affine_of(layer)) for tier in tiers]
+    if isinstance(recipe.selection, Evicting) and stores[0][1] is not None:
+        return "tokens are scored by their logits, and calibrated ones are others"
     return step.why_not(stores, channels, dtype, device)
 
 
@@ -48,12 +50,17 @@ class Pinned:
         if "tier 0" not in layer.stores:
             layer.stores["tier 0"] = layer.recipe.stored_in[0].open(layer.index, empty, empty)
         stores: list[CodedStore] = []
+        scored = None
         for name in sorted(layer.stores, key=lambda name: name != "tier 0"):  # the first takes the new tokens
             store = layer.stores[name]
-            assert isinstance(store, CodedStore), "asked before (`why_not`)"
-            store.pin(int(store.length.max()) + (0 if stores else tokens))
+            store.pin(store.needs(0 if stores else tokens))
+            if isinstance(store, EvictingStore):
+                assert isinstance(layer.recipe.selection, Evicting), "its store is an evicting selection's"
+                scored = step.Scored(store, layer.recipe.selection.order)
+                store = store.store
+            assert isinstance(store, CodedStore), "there are no others"
             stores.append(store)
-        self.step = step.register(stores, live)
+        self.step = step.register(stores, live, scored)
 
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
@@ -69,8 +76,7 @@ class Pinned:
             return False
         for name, store in layer.stores.items():
             new = other.stores[name]
-            assert isinstance(store, CodedStore) and isinstance(new, CodedStore), "asked before (`why_not`)"
-            if (name == "tier 0" and store.room < int(new.length.max()) + tokens) or not store.load(new):
+            if (name == "tier 0" and store.room < new.needs(tokens)) or not store.load(new):
                 return False
         layer.seen, layer.padding = other.seen, other.padding
         return True

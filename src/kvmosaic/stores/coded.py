@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ class Store(Protocol):
     def attend(
         self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None
     ) -> Partial: ...
+
+    def needs(self, tokens: int) -> int: ...
+
+    def pin(self, slots: int) -> None: ...
+
+    @property
+    def room(self) -> int: ...
+
+    def load(self, other: Any) -> bool: ...
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]: ...
 
@@ -175,10 +184,14 @@ class CodedStore:
         self.length = length
         self.keys.coded = self.values.coded = length
 
-    def pin(self, tokens: int) -> None:
-        """Room for `tokens` slots, in tensors that a captured step writes in place (until `put` needs more)."""
-        self.keys.pin(tokens)
-        self.values.pin(tokens)
+    def needs(self, tokens: int) -> int:
+        """Slots for `tokens` more in every row."""
+        return int(self.length.max()) + tokens
+
+    def pin(self, slots: int) -> None:
+        """Room for `slots`, in tensors that a captured step writes in place (until `put` needs more)."""
+        self.keys.pin(slots)
+        self.values.pin(slots)
         self.length = self.length.clone()
 
     @property

@@ -14,6 +14,7 @@
 //   GROUP (keys) tokens that share a channel's range, 0 = a run; GROUPS (values) ranges of a token;
 //   FACTOR 1 = channel factors once a run; LOW 1 = low is stored, 0 = number = STEP * scale * (code - ZERO);
 //   TABLE 1 = a code stands for a byte of LEVELS, four words of them. RUNS 1 = there is more than one run.
+// LOGITS 1 = the logits themselves are left, too, for the tokens' scores (scores/cuda.cu).
 #include "warp.cuh"
 
 enum { EXACT, CHANNEL, TOKEN };
@@ -51,6 +52,8 @@ struct Work {
   float* sum;
   float* least;          // [splits][rows][count], of `ranges`
   float* greatest;
+  float* logits;         // [rows][count][logit_stride] in base 2, of the tokens held and then of the step's own
+  i64 logit_stride;
   float scale, softcap;  // both times log2(e); softcap 0 = none
   float affine_low, affine_high;  // times log2(e)
   int heads, splits, official;
@@ -579,6 +582,23 @@ DEVICE void calibration(const Work& w, i64 row, int j, float (&slope)[TILES], fl
   }
 }
 
+// the logits of tokens t0 ..., of which [begin, end) are real; the first of them is the store's `offset`-th
+template <int N>
+DEVICE void leave_logits(const Warp& warp, const Work& w, i64 row, int t0, int begin, int end, int offset,
+                         const float (&s)[TILES][N]) {
+#pragma unroll
+  for (int t = 0; t < TILES; t++) {
+    const int q = blockIdx.z * ROWS + 4 * t + warp.j;
+    if (q >= w.query.count) continue;
+    float* to = w.logits + (row * w.query.count + q) * w.logit_stride + offset;
+#pragma unroll
+    for (int x = 0; x < N; x++) {
+      const int token = t0 + 8 * x + warp.r;
+      if (token >= begin && token < end) to[token] = s[t][x];
+    }
+  }
+}
+
 DEVICE void attend_codes(Warp& warp, const Work& w, i64 row) {
   Words k[KEY_LOADS], v[VALUE_LOADS];
   float slope[TILES], least[TILES];
@@ -613,6 +633,7 @@ DEVICE void attend_codes(Warp& warp, const Work& w, i64 row) {
               if (token < begin || token >= end) s[t][x] = -infinity();
             }
         }
+        if (LOGITS) leave_logits(warp, w, row, t0, begin, end, 0, s);
         warp.weigh(s, weight);
         if (whole)
           warp.mix<false>(w.store, row, v, t0, s, weight);
@@ -670,9 +691,9 @@ struct Exact {
 };
 
 // tokens [begin, end), 16 at a time, of which this warp takes the `first`-th and every `step`-th further one; keys before
-// `coded` are codes
+// `coded` are codes; `offset` tokens come before them
 DEVICE void attend_exact(Warp& warp, const Work& w, i64 row, const Exact& exact, int begin, int end, int coded, int first,
-                         int step, const u32 (&q)[TILES][CHUNKS32][4]) {
+                         int step, const u32 (&q)[TILES][CHUNKS32][4], int offset = 0) {
   Words k[2][CHUNKS32];
   u32 v[4][GROUPS16];
   auto load_keys = [&](int t0) {
@@ -714,6 +735,7 @@ DEVICE void attend_exact(Warp& warp, const Work& w, i64 row, const Exact& exact,
     }
     const int following = t0 + 16 * step;
     if (following < end) load_keys(following);
+    if (LOGITS) leave_logits(warp, w, row, t0, begin, end, offset, s);
     warp.weigh(s, weight);
     warp.exact_mix(v, s, weight);
     if (following < end) load_values(following);
@@ -749,7 +771,7 @@ DEVICE void attend_all_exact(Warp& warp, const Work& w, i64 row) {
                     fresh.values + batch * fresh.value_strides[0] + head * fresh.value_strides[1],
                     fresh.key_strides[2], fresh.value_strides[2], 0, 0};
     // from the last share down: the first ones have more of the stored tokens
-    attend_exact(warp, w, row, own, 0, fresh.count, 0, shares - 1 - share, shares, q);
+    attend_exact(warp, w, row, own, 0, fresh.count, 0, shares - 1 - share, shares, q, length);
   }
 }
 

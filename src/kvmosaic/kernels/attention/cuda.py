@@ -49,7 +49,8 @@ class _Query(ctypes.Structure):
 class _Work(ctypes.Structure):
     _fields_ = [
         ("store", gpu.Store), ("query", _Query), ("fresh", gpu.Fresh),
-        *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "least", "greatest")),
+        *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "least", "greatest", "logits")),
+        ("logit_stride", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("scale", "softcap", "affine_low", "affine_high")),
         *((name, ctypes.c_int32) for name in ("heads", "splits", "official")),
     ]  # fmt: skip
@@ -138,6 +139,7 @@ def attend_all(
     fresh: tuple[Tensor, Tensor] | None,
     into: Partial | Tensor,
     grows: tuple[Tensor, Tensor] | None = None,
+    scored: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Attention over all the sources and the fresh tokens, joined, into `into`.
 
@@ -145,13 +147,15 @@ def attend_all(
         [B, 1, Hq, D] of it.
     fresh: exact keys and values [B, H, E, D] of the step itself.
     grows: a length [B, H] int64, to be one more afterwards, and [1] int32: unless this is 0.
+    scored: [B * H, M, slots + E] float32 for the logits of the first source, in base 2: of its tokens and, after them, of the
+        fresh ones; and [B * H, M] for the log-sum-exp over all.
     """
     first = sources[0]
     batch, heads = first.length.shape
     channels, device = first.keys.channels, query.device
     rows = query if isinstance(into, Partial) else None
     count = query.shape[2] if rows is not None else query.shape[1] // heads
-    plans = [_plan(source, count, softcap) for source in sources]
+    plans = [_plan(source, count, softcap, scored is not None and source is first) for source in sources]
     kernels = [gpu.kernel("attention/cuda.cu", "attend", plan.macros, device) for plan in plans]
     blocks = [batch * heads * -(-count // plan.rows_a_block) for plan in plans]
     tails = [  # parts of what is exact beside rotated codes
@@ -193,6 +197,8 @@ def attend_all(
                 work.query.rotated = turned.data_ptr()
         if index == 0 and fresh is not None:
             work.fresh = gpu.fresh(*fresh)
+        if index == 0 and scored is not None:
+            work.logits, work.logit_stride = scored[0].data_ptr(), scored[0].shape[2]
         work.out, work.most, work.sum = (x[starts[index]].data_ptr() for x in (out, numbers[0], numbers[1]))
         grid = (splits[index], batch * heads, blocks[index] // (batch * heads))
         if source.affine is not None:
@@ -205,6 +211,8 @@ def attend_all(
         joined.rows, joined.lse = into.out.data_ptr(), into.lse.data_ptr()
     else:
         joined.numbers = into.data_ptr()
+    if scored is not None:
+        joined.lse = scored[1].data_ptr()
     if grows is not None:
         joined.length, joined.live = (x.data_ptr() for x in grows)
     macros = {"HEAD": str(channels), "NUMBER": plans[0].macros["NUMBER"]}
@@ -215,7 +223,7 @@ def _ints(values: list[int], size: int) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * size)(*values)
 
 
-def _plan(source: Source, count: int, softcap: float | None) -> _Plan:
+def _plan(source: Source, count: int, softcap: float | None, scored: bool) -> _Plan:
     keys, values = source.keys, source.values
     forms = gpu.form(keys.lane.codec, "keys", keys.channels), gpu.form(values.lane.codec, "values", keys.channels)
     assert isinstance(forms[0], gpu.Form) and isinstance(forms[1], gpu.Form), "only asked of lanes that are served"
@@ -227,6 +235,7 @@ def _plan(source: Source, count: int, softcap: float | None) -> _Plan:
         "BLOCKS": str(4 - tiles),  # of threads, resident in a multiprocessor
         "SOFTCAP": str(int(softcap is not None)),
         "AFFINE": str(int(source.affine is not None)),
+        "LOGITS": str(int(scored)),
         "ROTATED": str(int(forms[0].rotation is not None)),
         "RUNS": str(int(max(keys.starts.shape[2], values.starts.shape[2]) > 1)),
         **forms[0].macros("keys"),

@@ -43,7 +43,8 @@ struct Side {          // a lane to be written; a row is a KV head of a sequence
 
 struct Append {
   Side keys, values;
-  const i64* length;   // [rows], the new token counted
+  const i64* length;   // [rows], the new token counted: it is the last; or null, and then
+  const i64* slot;     // [rows], where it goes, among tokens that are written one by one; -1: nowhere
   const int* live;     // 0: no token is written
   Fresh fresh;         // that token
   int heads;
@@ -263,6 +264,10 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
   bool stays = true;  // exact, that is
   if constexpr (Form::form != EXACT) {
     const int coded = (int)side.coded[row];
+    if (slot < coded) {  // in another's place
+      encode_block<Form>(side, row, head, slot / BLOCK, slot, slot + 1, 0, [&](int) { return token; });
+      return;
+    }
     if (slot - coded + 1 - side.window >= side.flush) {
       const int end = coded + side.flush;
       const u16* ring = side.exact + row * side.exact_room * HEAD;
@@ -277,7 +282,7 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
     }
   }
   if (!stays) return;
-  if (Form::form == EXACT && threadIdx.x == 0) side.coded[row] = slot + 1;
+  if (Form::form == EXACT && threadIdx.x == 0 && slot >= side.coded[row]) side.coded[row] = slot + 1;
   u16* to = side.exact + (row * side.exact_room + (side.ring ? slot % side.ring : slot)) * HEAD;
   for (int d = threadIdx.x; d < HEAD; d += THREADS) to[d] = token[d];
 }
@@ -285,8 +290,8 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
 #if APPENDS
 KERNEL(THREADS, 4) append(const Append w) {
   const i64 row = blockIdx.x, batch = row / w.heads, head = row % w.heads;
-  const int live = *w.live, slot = (int)w.length[row] - 1;
-  if (!live) return;
+  const int live = *w.live, slot = w.slot == nullptr ? (int)w.length[row] - 1 : (int)w.slot[row];
+  if (!live || slot < 0) return;
   if (blockIdx.y == 0)
     append_to<Keys>(w.keys, row, (int)head, slot, w.fresh.keys + batch * w.fresh.key_strides[0] + head * w.fresh.key_strides[1]);
   else

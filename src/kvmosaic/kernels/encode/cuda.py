@@ -28,8 +28,8 @@ class _Side(ctypes.Structure):
 
 class _Append(ctypes.Structure):
     _fields_ = [
-        ("keys", _Side), ("values", _Side), ("length", ctypes.c_void_p), ("live", ctypes.c_void_p), ("fresh", gpu.Fresh),
-        ("heads", ctypes.c_int32),
+        ("keys", _Side), ("values", _Side), ("length", ctypes.c_void_p), ("slot", ctypes.c_void_p), ("live", ctypes.c_void_p),
+        ("fresh", gpu.Fresh), ("heads", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -87,9 +87,17 @@ def _write_run(lane: LaneBytes, x: Tensor, count: Tensor) -> None:
         lane.buffers[name] = torch.cat([lane.buffers[name], entry], 2)
 
 
-def append(keys: LaneBytes, values: LaneBytes, length: Tensor, live: Tensor, new: tuple[Tensor, Tensor]) -> None:
+def append(
+    keys: LaneBytes,
+    values: LaneBytes,
+    length: Tensor,
+    live: Tensor,
+    new: tuple[Tensor, Tensor],
+    slot: Tensor | None = None,
+) -> None:
     """The token of a decode step, [B, H, 1, D] each side, into a store whose `length` [B, H] counts it already.
 
+    slot: [B, H] int64, where it goes if not after the others; -1 = nowhere. For lanes that write one by one.
     live: [1] int32; 0 = the step is one too many, and nothing is written. Nothing is allocated, and all lengths are read
     and written on the device: the store has room (`CodedStore.pin`).
     """
@@ -99,7 +107,11 @@ def append(keys: LaneBytes, values: LaneBytes, length: Tensor, live: Tensor, new
     key_side, held_keys = _side(keys)
     value_side, held_values = _side(values)
     batch, heads = length.shape
-    arguments = _Append(key_side, value_side, length.data_ptr(), live.data_ptr(), gpu.fresh(*new), heads)
+    arguments = _Append(key_side, value_side, live=live.data_ptr(), fresh=gpu.fresh(*new), heads=heads)
+    if slot is None:
+        arguments.length = length.data_ptr()
+    else:
+        arguments.slot = slot.data_ptr()
     macros = _macros(keys, key_form, value_form) | {"APPENDS": "1"}
     gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, 2, 1), arguments)
     del held_keys, held_values

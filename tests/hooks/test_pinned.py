@@ -1,0 +1,90 @@
+"""A layer whose steps are kernels only goes the way of one whose steps are not: same outputs, same tokens, same columns."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kvmosaic import Recipe, methods
+from kvmosaic.hooks.layer import CacheLayer
+from kvmosaic.hooks.pinned import Pinned
+
+HEADS, GROUPS, SIZE = 2, 2, 32
+
+
+class Stream:
+    """Random tokens of two rows, the second of which begins with padding."""
+
+    def __init__(self, device: torch.device, prompt: int, padding: int, steps: int, seed: int = 0) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        size = (2, HEADS * GROUPS, prompt + steps, SIZE)
+        self.query = (2 * torch.randn(size, generator=draw)).to(device, torch.bfloat16)
+        self.states = torch.randn(2, 2, HEADS, *size[2:], generator=draw).to(device, torch.bfloat16)
+        self.prompt, self.steps = prompt, steps
+        place = torch.arange(prompt, device=device)
+        seen = (place[:, None] >= place) & (place >= torch.tensor([[0], [padding]], device=device)[:, None])
+        self.mask = (seen | (place[:, None] == place) & ~seen.any(-1, keepdim=True))[:, None]
+
+    def layer(self, recipe: Recipe) -> CacheLayer:
+        """One that has seen the prompt."""
+        layer = CacheLayer(0, 1, recipe)
+        self.feed(layer, 0, self.prompt, self.mask)
+        return layer
+
+    def feed(self, layer: CacheLayer, start: int, stop: int, mask: Tensor | None = None) -> Tensor:
+        keys, values = self.states[..., start:stop, :]
+        handle, _ = layer.update(keys, values)
+        module = nn.Module()
+        module.num_key_value_groups = GROUPS
+        return layer.attend(module, self.query[:, :, start:stop], handle, mask, SIZE**-0.5, None, None)
+
+    def steps_of(self, layer: CacheLayer, first: int = 0) -> Tensor:
+        start = self.prompt + first
+        return torch.cat([self.feed(layer, now, now + 1) for now in range(start, self.prompt + self.steps)], 1)
+
+
+def columns(layer: CacheLayer) -> dict[str, Tensor]:
+    """Of the tokens that are held, in the order of their slots."""
+    store = layer.stores["tier 0"]
+    held = torch.arange(store.position.shape[2], device=store.length.device) < store.length[..., None]
+    return dict(length=store.length, placed=store.placed, position=store.position[held], score=store.score[held])
+
+
+@pytest.mark.parametrize(
+    ("text", "padding", "steps"),
+    [
+        ("h2o tokens=40 recent=8", 20, 300),  # the second row first grows to 40
+        ("h2o tokens=30 recent=0 protect=4 | turboquant bits=4", 3, 24),
+        ("streaming_llm tokens=40", 20, 60),
+    ],
+)
+def test_evicting_steps_replace_the_same_tokens(text: str, padding: int, steps: int, gpu_device: torch.device) -> None:
+    stream = Stream(gpu_device, 45, padding, steps)
+    eager, pinned = (stream.layer(methods.parse(text)) for _ in range(2))
+    live = torch.ones(1, dtype=torch.int32, device=gpu_device)
+    pinned.pinned = Pinned(pinned, steps, live)
+    torch.testing.assert_close(stream.steps_of(pinned), stream.steps_of(eager), atol=0.02, rtol=0.02)
+    expected, got = columns(eager), columns(pinned)
+    torch.testing.assert_close(got.pop("score"), expected.pop("score"), atol=2e-3, rtol=1e-4)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_step_after_the_end_changes_nothing(gpu_device: torch.device) -> None:
+    stream = Stream(gpu_device, 45, 20, 2)
+    layer = stream.layer(methods.parse("h2o tokens=40 recent=8"))
+    live = torch.zeros(1, dtype=torch.int32, device=gpu_device)
+    layer.pinned = Pinned(layer, 2, live)
+    before = {name: tensor.clone() for name, _, tensor in layer.tensors()}
+    stream.steps_of(layer)
+    assert all(torch.equal(before[name], tensor) for name, _, tensor in layer.tensors())
+
+
+def test_an_evicting_layer_goes_on_as_any_other_when_it_is_no_longer_pinned(gpu_device: torch.device) -> None:
+    stream = Stream(gpu_device, 45, 20, 40)
+    eager, pinned = (stream.layer(methods.parse("h2o tokens=40 recent=8")) for _ in range(2))
+    pinned.pinned = Pinned(pinned, 20, torch.ones(1, dtype=torch.int32, device=gpu_device))
+    for now in range(45, 65):
+        stream.feed(pinned, now, now + 1)
+        stream.feed(eager, now, now + 1)
+    pinned.pinned, pinned.seen = None, pinned.seen + 20
+    torch.testing.assert_close(stream.steps_of(pinned, 20), stream.steps_of(eager, 20), atol=0.02, rtol=0.02)
+    assert torch.equal(columns(pinned)["position"], columns(eager)["position"])
