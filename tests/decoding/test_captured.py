@@ -96,6 +96,16 @@ def test_a_row_that_has_ended_is_padded_and_the_cache_goes_on_from_the_end(gpu_d
     assert torch.equal(answers[0][0], answers[1][0]) and torch.equal(answers[0][2], answers[1][2])
 
 
+def test_steps_are_generates_own_until_the_first_tokens_are_there(gpu_device: torch.device) -> None:
+    model, inputs = bfloat16("llama", gpu_device), inputs_for("llama", gpu_device, *PADDED)
+    method = Recipe(first=50) | methods.parse("h2o tokens=40 recent=8")  # more than the prompts have
+    options = dict(max_new_tokens=30, do_sample=False, **inputs)
+    decoder = Decoder(model, method, compiled=False)
+    said = decoder.generate(**options)
+    assert decoder._steps is not None and decoder._steps.done == 29 - (50 - 31), "the others were captured"
+    assert torch.equal(said, model.generate(past_key_values=Cache(model, method), **options))
+
+
 class Tenth(StoppingCriteria):
     """Every row stops when there are ten more tokens than `before`."""
 

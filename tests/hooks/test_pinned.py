@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from kvmosaic import Recipe, methods
 from kvmosaic.hooks.layer import CacheLayer
-from kvmosaic.hooks.pinned import Pinned
+from kvmosaic.hooks.pinned import Pinned, is_ready
+from kvmosaic.stores import EXACT
 
 HEADS, GROUPS, SIZE = 2, 2, 32
 
@@ -66,6 +67,17 @@ def test_evicting_steps_replace_the_same_tokens(text: str, padding: int, steps: 
     expected, got = columns(eager), columns(pinned)
     torch.testing.assert_close(got.pop("score"), expected.pop("score"), atol=2e-3, rtol=1e-4)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("text", ["exact", "h2o tokens=40 recent=8"])
+def test_the_first_tokens_have_a_store_of_their_own(text: str, gpu_device: torch.device) -> None:
+    stream, recipe = Stream(gpu_device, 45, 20, 10), Recipe(tiers=(EXACT,), first=5) | methods.parse(text)
+    eager, pinned = (stream.layer(recipe) for _ in range(2))
+    assert is_ready(pinned)
+    pinned.pinned = Pinned(pinned, 10, torch.ones(1, dtype=torch.int32, device=gpu_device))
+    torch.testing.assert_close(stream.steps_of(pinned), stream.steps_of(eager), atol=0.02, rtol=0.02)
+    assert torch.equal(pinned.stores["first"].length, torch.full((2, HEADS), 5, device=gpu_device))
+    assert torch.equal(pinned.stores["tier 0"].length, eager.stores["tier 0"].length)
 
 
 def test_a_step_after_the_end_changes_nothing(gpu_device: torch.device) -> None:

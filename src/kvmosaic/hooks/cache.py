@@ -220,9 +220,14 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 return reason
         return None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be pinned now. If not it can be some steps later, unless past tokens are recorded."""
+        self.settle()
+        return all(pinned.is_ready(layer) for layer in self.layers)
+
     def pin(self, tokens: int, live: Tensor) -> None:
         """Every step from now on is one token a row, `tokens` at most; see `hooks/pinned.py`."""
-        self.settle()
         for layer in self.layers:
             layer.pinned = pinned.Pinned(layer, tokens, live)
         self.pinned = True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kvmosaic.codecs import Exact
 from kvmosaic.errors import UnsupportedModel
 from kvmosaic.kernels import step
 from kvmosaic.projection import NO_KERNEL
@@ -25,15 +26,24 @@ def why_not(recipe: Recipe, layer: int, channels: int, dtype: torch.dtype, devic
     """
     if isinstance(recipe.selection, Gathering):
         return "its selection goes on while decoding"
-    if recipe.first:
-        return "its first tokens have a store of their own"
     if recipe.projection is not None:
         return NO_KERNEL
     tiers = [*recipe.stored_in, *([recipe.visual] if recipe.visual else [])]
+    if any(isinstance(lane.codec, Exact) and lane.ring for tier in tiers for lane in tier.lanes(layer)):
+        return "exact tokens behind a window"
+    if recipe.first:
+        tiers.append(recipe.first_in)
     stores = [(tier.lanes(layer), tier.affine_of(layer)) for tier in tiers]
     if isinstance(recipe.selection, Evicting) and stores[0][1] is not None:
         return "tokens are scored by their logits, and calibrated ones are others"
     return step.why_not(stores, channels, dtype, device)
+
+
+def is_ready(layer: CacheLayer) -> bool:
+    """Whether the next tokens all go where a captured step puts them: none waits, and the first tokens are all there."""
+    first, store = layer.recipe.first or 0, layer.stores.get("first")
+    held = 0 if store is None else int(store.length.min())
+    return layer.pending is None and held >= first
 
 
 class Pinned:

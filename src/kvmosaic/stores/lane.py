@@ -169,7 +169,7 @@ class LaneBytes:
 
     def pin(self, tokens: int) -> None:
         """Room for `tokens` slots and for the whole ring, in tensors that a captured step writes in place."""
-        self._reserve(tokens)
+        self._reserve(tokens - self.lane.window)
         self._reserve_ring(self.lane.ring)
         self.coded, self.free = self.coded.clone(), 0
 
@@ -181,7 +181,7 @@ class LaneBytes:
             for name, part in self.parts.items()
             if part.every is not None
         ]
-        return min(each, default=0)
+        return min(each, default=0) + self.lane.window
 
     def load(self, other: LaneBytes) -> bool:
         """Take over the bytes of another lane into the tensors that are here; False if they have no room for them."""

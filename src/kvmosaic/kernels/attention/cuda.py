@@ -124,8 +124,12 @@ def attend(
 
 def serves(source: Source) -> bool:
     keys, values = source.keys, source.values
+    behind = [
+        lane.lane.ring and "numbers" in lane.buffers and lane.buffers["numbers"].shape[2] for lane in (keys, values)
+    ]
     return (
-        keys.channels == values.channels
+        not any(behind)  # exact tokens in a window and others behind it
+        and keys.channels == values.channels
         and keys.ring.dtype in gpu.NUMBERS
         and why_not(keys.lane, values.lane, keys.channels, source.affine is not None) is None
     )
