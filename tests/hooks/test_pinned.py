@@ -69,6 +69,38 @@ def test_evicting_steps_replace_the_same_tokens(text: str, padding: int, steps: 
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("zipcache gather=12", 30), ("zipvl mass=0.7 gather=12", 25), ("zipvl mass=0.7 gather=12 evict=true", 13)],
+)
+def test_tokens_wait_and_get_the_tiers_that_they_would_get(text: str, steps: int, gpu_device: torch.device) -> None:
+    stream = Stream(gpu_device, 45, 20, 3 + steps + 2)
+    eager, pinned = (stream.layer(methods.parse(text)) for _ in range(2))
+    for layer in (eager, pinned):  # some wait already
+        for now in range(45, 48):
+            stream.feed(layer, now, now + 1)
+    assert is_ready(pinned)
+    pinned.pinned = Pinned(pinned, steps, torch.ones(1, dtype=torch.int32, device=gpu_device))
+    waiting = pinned.pinned.waiting
+    for now in range(48, 48 + steps):
+        expected, got = stream.feed(eager, now, now + 1), stream.feed(pinned, now, now + 1)
+        torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
+        if waiting is not None and len(waiting) == 12:
+            pinned.pinned.gather(pinned)
+    pinned.pinned.end(pinned, steps)
+    pinned.pinned.release(pinned)
+    assert pinned.seen == eager.seen and pinned.stores.keys() == eager.stores.keys()
+    for name, store in eager.stores.items():
+        assert torch.equal(pinned.stores[name].length, store.length)
+    assert (pinned.pending is None) == (eager.pending is None)
+    if eager.pending is not None:
+        assert torch.equal(pinned.pending.keys, eager.pending.keys)
+        assert torch.equal(pinned.pending.asked, eager.pending.asked)
+        torch.testing.assert_close(pinned.pending.score, eager.pending.score, atol=1e-3, rtol=1e-3)
+    more = [stream.steps_of(layer, 3 + steps) for layer in (pinned, eager)]
+    torch.testing.assert_close(*more, atol=0.02, rtol=0.02)
+
+
 @pytest.mark.parametrize("text", ["exact", "h2o tokens=40 recent=8"])
 def test_the_first_tokens_have_a_store_of_their_own(text: str, gpu_device: torch.device) -> None:
     stream, recipe = Stream(gpu_device, 45, 20, 10), Recipe(tiers=(EXACT,), first=5) | methods.parse(text)

@@ -494,6 +494,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             yield from ((name, "metadata", tensor) for name, tensor in self.basis.tensors())
         if self.padding is not None:
             yield "padding", "metadata", self.padding
+        if self.pinned is not None:
+            yield from self.pinned.tensors()
         if self.pending is not None:
             for name in ("keys", "values", "query", "visual", "valid", "tier", "score", "asked", "position"):
                 tensor = getattr(self.pending, name)

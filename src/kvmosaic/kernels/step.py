@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 
 class Scored(NamedTuple):
-    """A store whose tokens carry scores: a step adds to them, and in a full row its token takes the place of another."""
+    """A store whose tokens carry scores: a step adds to them, and in a full row its token takes the place of another.
+
+    asks: as in `scores.replace`.
+    """
 
     store: EvictingStore
     order: Order
+    asks: Tensor | None
 
 
 class Step:
@@ -95,12 +99,12 @@ def _run(query: Tensor, keys: Tensor, values: Tensor, number: int, scale: float,
         cuda.attend_all(sources, query, scale, softcap, (keys, values), out, grows=(first.length, step.live))
         encode.append(first.keys, first.values, first.length, step.live, (keys, values))
         return out
-    store, order = step.scored
+    store, order, asks = step.scored
     rows = first.length.numel()
     lse = query.new_empty(rows, query.shape[1] * batch // rows, dtype=torch.float32)
     logits = lse.new_empty(*lse.shape, store.score.shape[2])
     cuda.attend_all(sources, query, scale, softcap, (keys, values), out, scored=(logits, lse))
-    slot = scores.replace(store, order, logits, lse, step.live)
+    slot = scores.replace(store, order, logits, lse, step.live, asks)
     encode.append(first.keys, first.values, first.length, step.live, (keys, values), slot)
     return out
 

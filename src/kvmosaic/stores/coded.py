@@ -1,6 +1,8 @@
 """Tokens as codes: the store behind every quantizer, and behind exact tokens too (their codec is `Exact`)."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,8 +33,6 @@ class Store(Protocol):
     ) -> Partial: ...
 
     def needs(self, tokens: int) -> int: ...
-
-    def pin(self, slots: int) -> None: ...
 
     @property
     def room(self) -> int: ...
@@ -188,16 +188,36 @@ class CodedStore:
         """Slots for `tokens` more in every row."""
         return int(self.length.max()) + tokens
 
-    def pin(self, slots: int) -> None:
-        """Room for `slots`, in tensors that a captured step writes in place (until `put` needs more)."""
-        self.keys.pin(slots)
-        self.values.pin(slots)
+    def pin(self, slots: int, runs: int = 0) -> None:
+        """Room for `slots` and for `runs` more runs, in tensors that a captured step reads and writes in place."""
+        self.keys.pin(slots, runs)
+        self.values.pin(slots, runs)
         self.length = self.length.clone()
+
+    def unpin(self) -> None:
+        """Back to tensors that `put` may replace."""
+        self.keys.unpin()
+        self.values.unpin()
+
+    @contextmanager
+    def repinned(self) -> Iterator[None]:
+        """For `put` while pinned: whatever it replaces is afterwards where a captured step finds it."""
+        length = self.length
+        with self.keys.repinned(), self.values.repinned():
+            yield
+        self.length = length.copy_(self.length)
 
     @property
     def room(self) -> int:
         """Slots that both sides have room for."""
         return min(self.keys.room, self.values.room)
+
+    @property
+    def runs_left(self) -> float:
+        """Runs that there is room for; no end of them where tokens share nothing by run."""
+        return min(
+            (lane.starts.shape[2] - lane.runs for lane in (self.keys, self.values) if lane.by_run), default=math.inf
+        )
 
     def load(self, other: "CodedStore") -> bool:
         """Take over another store's tokens into the tensors that are here; False if they have no room for them."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 LARGEST = torch.finfo(torch.float16).max / 2
 """Of a number to encode: twice it, the widest range of a group, must fit float16."""
+
+
+NEVER = 2**62
+"""The first slot of a run that there is room for."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class LaneBytes:
         ids = 0 if self.rotary is None else self.rotary.ids
         self.position = torch.zeros(batch, 1, 0, ids, dtype=torch.int32, device=like.device)
         self.free = 0  # tokens that can come before any row has some to encode
+        self.runs = 0  # while pinned: how many of `starts` are runs; the others are room
 
     def check(self, x: Tensor) -> None:
         """Raises NotFinite if x is to be encoded and no float16 range can be fitted to it; asked before either lane is written."""
@@ -167,11 +173,37 @@ class LaneBytes:
                 packed[name] = self.buffers[name][:, :, start // part.every : -(-stop // part.every)]
         return packed
 
-    def pin(self, tokens: int) -> None:
-        """Room for `tokens` slots and for the whole ring, in tensors that a captured step writes in place."""
+    def pin(self, tokens: int, runs: int = 0) -> None:
+        """Room for `tokens` slots, for the whole ring and for `runs` more runs, in tensors that a captured step reads and writes
+        in place."""
         self._reserve(tokens - self.lane.window)
         self._reserve_ring(self.lane.ring)
-        self.coded, self.free = self.coded.clone(), 0
+        self.coded, self.free, self.runs = self.coded.clone(), 0, self.starts.shape[2]
+        if self.by_run:
+            self.starts = torch.nn.functional.pad(self.starts, (0, runs), value=NEVER)
+            for name in self._run_parts:
+                self.buffers[name] = torch.nn.functional.pad(self.buffers[name], (0, 0, 0, runs))
+
+    def unpin(self) -> None:
+        self.starts = self.starts[:, :, : self.runs].contiguous()
+        for name in self._run_parts:
+            self.buffers[name] = self.buffers[name][:, :, : self.runs].contiguous()
+
+    @contextmanager
+    def repinned(self) -> Iterator[None]:
+        """For `put` while pinned: it makes new tensors of what is counted and of runs, and what they hold is then where a
+        captured step finds it."""
+        coded, starts, parts = self.coded, self.starts, {name: self.buffers[name] for name in self._run_parts}
+        self.unpin()
+        yield
+        self.runs = self.starts.shape[2]
+        self.coded, self.starts = coded.copy_(self.coded), _into(starts, self.starts)
+        for name, part in parts.items():
+            self.buffers[name] = _into(part, self.buffers[name])
+
+    @property
+    def _run_parts(self) -> list[str]:
+        return [name for name, part in self.parts.items() if part.every is None]
 
     @property
     def room(self) -> int:
@@ -186,13 +218,14 @@ class LaneBytes:
     def load(self, other: LaneBytes) -> bool:
         """Take over the bytes of another lane into the tensors that are here; False if they have no room for them."""
         pairs = [(buffer, other.buffers[name]) for name, buffer in self.buffers.items()] + [(self.ring, other.ring)]
-        if any(mine.shape[2] < theirs.shape[2] for mine, theirs in pairs) or self.starts.shape != other.starts.shape:
+        pairs.append((self.starts, other.starts))
+        if any(mine.shape[2] < theirs.shape[2] for mine, theirs in pairs):
             return False
+        self.starts.fill_(NEVER)
         for mine, theirs in pairs:
-            mine[:, :, : theirs.shape[2]] = theirs
+            _into(mine, theirs)
         self.coded.copy_(other.coded)
-        self.starts.copy_(other.starts)
-        self.free = 0
+        self.free, self.runs = 0, other.starts.shape[2]
         return True
 
     def move(self, source: Tensor, target: Tensor) -> None:
@@ -332,3 +365,9 @@ class LaneBytes:
             grown = buffer.new_zeros(*buffer.shape[:2], -(-room // per_entry), buffer.shape[3])
             grown[:, :, : buffer.shape[2]] = buffer
             self.buffers[name] = grown
+
+
+def _into(room: Tensor, x: Tensor) -> Tensor:
+    """`room`, of which the first entries are now those of `x`."""
+    room[:, :, : x.shape[2]] = x
+    return room

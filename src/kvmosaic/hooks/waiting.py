@@ -1,0 +1,56 @@
+"""Generated tokens that wait to be chosen among, where a captured step finds them, adds to their scores and puts its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvmosaic.hooks.pending import Pending
+from kvmosaic.selection import WAIT, Gathering
+from kvmosaic.stores import EXACT, EvictingStore
+
+
+class Waiting:
+    """As many tokens as are chosen among at a time, exact, with the attention that they receive meanwhile.
+
+    store: of `gather` slots, the same number taken in all rows; `take` empties it before a token would have to leave.
+    asks: [gather + 1] float32, 1 where the query of the token in that slot counts.
+    """
+
+    def __init__(self, selection: Gathering, empty: Tensor) -> None:
+        """empty: no keys, [B, H, 0, D]."""
+        self.selection, size = selection, selection.gather
+        self.store = EvictingStore(EXACT.open(0, empty, empty))
+        self.store.capacity = torch.full((empty.shape[0],), size, device=empty.device)
+        self.store.pin(size)
+        self.asks = torch.zeros(size + 1, device=empty.device)
+        self.begin = 0  # how many tokens had been seen before the first that waits
+
+    def fill(self, pending: Pending | None, seen: int) -> None:
+        """What waits from now on, of `seen` tokens that have come."""
+        store, count = self.store.store, 0 if pending is None else len(pending)
+        if pending is not None:
+            assert pending.score is not None, "tokens that wait are scored"
+            store.keys.buffers["numbers"][:, :, :count] = pending.keys
+            store.values.buffers["numbers"][:, :, :count] = pending.values
+            self.store.score[..., :count] = pending.score
+        for counted in (store.length, store.keys.coded, store.values.coded):
+            counted.fill_(count)
+        self.begin = seen - count
+        asks = [self.selection.asks(self.begin + each, each) for each in range(self.selection.gather)]
+        self.asks[:-1] = torch.tensor(asks, device=self.asks.device)
+
+    def __len__(self) -> int:
+        return int(self.store.length[0, 0])
+
+    def held(self) -> Pending:
+        """What waits, as a layer's ordinary steps have it."""
+        store, count = self.store.store, len(self)
+        score = self.store.score[..., :count]
+        return Pending(
+            store.keys.buffers["numbers"][:, :, :count],
+            store.values.buffers["numbers"][:, :, :count],
+            tier=torch.full_like(score, WAIT, dtype=torch.int8),
+            score=score,
+            asked=self.asks[:count].bool().expand(score.shape[0], -1),
+        )
