@@ -28,8 +28,8 @@ class _Side(ctypes.Structure):
 
 class _Append(ctypes.Structure):
     _fields_ = [
-        ("keys", _Side), ("values", _Side), ("length", ctypes.c_void_p), ("live", ctypes.c_void_p), ("fresh", gpu.Fresh),
-        ("heads", ctypes.c_int32),
+        ("keys", _Side), ("values", _Side), *((name, ctypes.c_void_p) for name in ("length", "arrived", "live")),
+        ("fresh", gpu.Fresh), ("joined", gpu.Joined), ("heads", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -87,11 +87,20 @@ def _write_run(lane: LaneBytes, x: Tensor, count: Tensor) -> None:
         lane.buffers[name] = torch.cat([lane.buffers[name], entry], 2)
 
 
-def append(keys: LaneBytes, values: LaneBytes, length: Tensor, live: Tensor, new: tuple[Tensor, Tensor]) -> None:
-    """The token of a decode step, [B, H, 1, D] each side, into a store whose `length` [B, H] counts it already.
+def append(
+    keys: LaneBytes,
+    values: LaneBytes,
+    length: Tensor,
+    arrived: Tensor,
+    live: Tensor,
+    new: tuple[Tensor, Tensor],
+    joined: gpu.Joined | None = None,
+) -> None:
+    """The token of a decode step, [B, H, 1, D] each side, into a store of `length` [B, H], which is one more afterwards.
 
-    live: [1] int32; 0 = the step is one too many, and nothing is written. Nothing is allocated, and all lengths are read
-    and written on the device: the store has room (`CodedStore.pin`).
+    arrived: [B, H] int32, zeros. live: [1] int32; 0 = the step is one too many, and nothing is written. joined: the parts of
+    the step's attention, to be joined meanwhile. Nothing is allocated, and all lengths are read and written on the device:
+    the store has room (`CodedStore.pin`).
     """
     forms = [gpu.form(lane.lane.codec, lane.role, lane.channels) for lane in (keys, values)]
     key_form, value_form = forms
@@ -99,9 +108,12 @@ def append(keys: LaneBytes, values: LaneBytes, length: Tensor, live: Tensor, new
     key_side, held_keys = _side(keys)
     value_side, held_values = _side(values)
     batch, heads = length.shape
-    arguments = _Append(key_side, value_side, length.data_ptr(), live.data_ptr(), gpu.fresh(*new), heads)
+    joined = joined or gpu.Joined()
+    arguments = _Append(
+        key_side, value_side, length.data_ptr(), arrived.data_ptr(), live.data_ptr(), gpu.fresh(*new), joined, heads
+    )
     macros = _macros(keys, key_form, value_form) | {"APPENDS": "1"}
-    gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, 2, 1), arguments)
+    gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, joined.count + 2, 1), arguments)
     del held_keys, held_values
 
 
