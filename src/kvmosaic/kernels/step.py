@@ -44,6 +44,7 @@ class Step:
 
     def __init__(self, stores: Sequence[CodedStore], live: Tensor, scored: Scored | None = None) -> None:
         self.stores, self.live, self.scored = list(stores), live, scored
+        self.arrived = torch.zeros_like(self.stores[0].length, dtype=torch.int32)
         # the lowest that is free: a compiled model holds numbers, and the next cache shall not be compiled anew
         self.number = next(number for number in itertools.count() if number not in _steps)
 
@@ -79,8 +80,8 @@ def why_not(
         return reason
     if dtype not in gpu.NUMBERS:
         return f"the model's numbers are {dtype}; served are bfloat16 and float16"
-    if len(stores) > cuda.MOST_STORES:
-        return f"{len(stores)} stores in a layer, at most {cuda.MOST_STORES} are served"
+    if len(stores) > gpu.MOST_STORES:
+        return f"{len(stores)} stores in a layer, at most {gpu.MOST_STORES} are served"
     for (keys, values), affine in stores:
         if reason := cuda.why_not(keys, values, channels, affine is not None):
             return reason
@@ -95,17 +96,16 @@ def _run(query: Tensor, keys: Tensor, values: Tensor, number: int, scale: float,
     out = query.new_empty(batch, 1, heads, channels)
     sources = [cuda.Source(store.keys, store.values, store.length, store.tier.affine) for store in step.stores]
     first = sources[0]
-    if step.scored is None:
-        cuda.attend_all(sources, query, scale, softcap, (keys, values), out, grows=(first.length, step.live))
-        encode.append(first.keys, first.values, first.length, step.live, (keys, values))
-        return out
-    store, order, asks = step.scored
-    rows = first.length.numel()
-    lse = query.new_empty(rows, query.shape[1] * batch // rows, dtype=torch.float32)
-    logits = lse.new_empty(*lse.shape, store.score.shape[2])
-    cuda.attend_all(sources, query, scale, softcap, (keys, values), out, scored=(logits, lse))
-    slot = scores.replace(store, order, logits, lse, step.live, asks)
-    encode.append(first.keys, first.values, first.length, step.live, (keys, values), slot)
+    logits = slot = None
+    if step.scored is not None:
+        rows = first.length.numel()
+        logits = query.new_empty(
+            rows, query.shape[1] * batch // rows, step.scored.store.score.shape[2], dtype=torch.float32
+        )
+    joined = cuda.parts(sources, query, scale, softcap, (keys, values), out, logits)
+    if step.scored is not None and logits is not None:
+        slot = scores.replace(*step.scored, logits, joined, step.live)
+    encode.append(first.keys, first.values, first.length, step.arrived, step.live, (keys, values), joined, slot)
     return out
 
 

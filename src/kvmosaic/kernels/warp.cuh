@@ -86,6 +86,18 @@ DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE bool any(bool x) { return __any_sync(~0u, x); }
 DEVICE void barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
+// how many came before this one, 0 or 1; the second begins anew
+DEVICE u32 arrive_of_two(u32* count) { return atomicInc(count, 1u); }
+// 16 bytes on their way to shared memory; `wait_async`: all of this warp's have come, for each of its lanes
+DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+}
+DEVICE void wait_async() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
+DEVICE void fetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 #endif
 
 constexpr int BLOCK = 128;  // tokens in a block of codes (layout.py)

@@ -3,7 +3,7 @@
 // A block of threads encodes the tokens of one block of codes (128 slots): parameters and codes first, codes into shared
 // memory, then whole words in the layout "fragments", of which the bits of other tokens stay.
 // The macros are those of attention/cuda.cu, with FIT: how a token of fixed levels is scaled, and UNIT: its "norm".
-#include "warp.cuh"
+#include "attention/combine.cuh"
 
 enum { EXACT, CHANNEL, TOKEN };
 enum { UNIFORM, NORM, MATCHED, UNBIASED, LEAST_SQUARES };
@@ -43,10 +43,12 @@ struct Side {          // a lane to be written; a row is a KV head of a sequence
 
 struct Append {
   Side keys, values;
-  const i64* length;   // [rows], the new token counted: it is the last; or null, and then
+  i64* length;         // [rows], to be one more; or null, and then
   const i64* slot;     // [rows], where it goes, among tokens that are written one by one; -1: nowhere
+  u32* arrived;        // [rows], zeros between launches
   const int* live;     // 0: no token is written
   Fresh fresh;         // that token
+  Joined joined;       // of the step's attention, which has read the store already; count 0 = none
   int heads;
 };
 
@@ -288,15 +290,24 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
 }
 
 #if APPENDS
+// a block of threads a row for each query that is to be joined, one for its keys and one for its values
 KERNEL(THREADS, 4) append(const Append w) {
   const i64 row = blockIdx.x, batch = row / w.heads, head = row % w.heads;
-  const int live = *w.live, slot = w.slot == nullptr ? (int)w.length[row] - 1 : (int)w.slot[row];
+  const int side = (int)blockIdx.y - w.joined.count;
+  if (side < 0) {
+    combine(w.joined, row, gridDim.x, blockIdx.y);
+    return;
+  }
+  const int live = *w.live, slot = (int)(w.slot == nullptr ? w.length : w.slot)[row];
   if (!live || slot < 0) return;
-  if (blockIdx.y == 0)
-    append_to<Keys>(w.keys, row, (int)head, slot, w.fresh.keys + batch * w.fresh.key_strides[0] + head * w.fresh.key_strides[1]);
+  const Fresh& new_token = w.fresh;
+  if (side == 0)
+    append_to<Keys>(w.keys, row, (int)head, slot, new_token.keys + batch * new_token.key_strides[0] + head * new_token.key_strides[1]);
   else
     append_to<Values>(w.values, row, (int)head, slot,
-                      w.fresh.values + batch * w.fresh.value_strides[0] + head * w.fresh.value_strides[1]);
+                      new_token.values + batch * new_token.value_strides[0] + head * new_token.value_strides[1]);
+  barrier();  // each thread has read the length
+  if (threadIdx.x == 0 && w.slot == nullptr && arrive_of_two(w.arrived + row)) w.length[row] = slot + 1;
 }
 #else
 KERNEL(THREADS, 8) encode(const Writing w) {

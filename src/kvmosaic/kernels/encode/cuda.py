@@ -28,8 +28,8 @@ class _Side(ctypes.Structure):
 
 class _Append(ctypes.Structure):
     _fields_ = [
-        ("keys", _Side), ("values", _Side), ("length", ctypes.c_void_p), ("slot", ctypes.c_void_p), ("live", ctypes.c_void_p),
-        ("fresh", gpu.Fresh), ("heads", ctypes.c_int32),
+        ("keys", _Side), ("values", _Side), *((name, ctypes.c_void_p) for name in ("length", "slot", "arrived", "live")),
+        ("fresh", gpu.Fresh), ("joined", gpu.Joined), ("heads", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -91,15 +91,19 @@ def append(
     keys: LaneBytes,
     values: LaneBytes,
     length: Tensor,
+    arrived: Tensor,
     live: Tensor,
     new: tuple[Tensor, Tensor],
+    joined: gpu.Joined | None = None,
     slot: Tensor | None = None,
 ) -> None:
-    """The token of a decode step, [B, H, 1, D] each side, into a store whose `length` [B, H] counts it already.
+    """The token of a decode step, [B, H, 1, D] each side, into a store of `length` [B, H], which is one more afterwards.
 
-    slot: [B, H] int64, where it goes if not after the others; -1 = nowhere. For lanes that write one by one.
-    live: [1] int32; 0 = the step is one too many, and nothing is written. Nothing is allocated, and all lengths are read
-    and written on the device: the store has room (`CodedStore.pin`).
+    arrived: [B, H] int32, zeros. live: [1] int32; 0 = the step is one too many, and nothing is written. joined: the parts of
+    the step's attention, to be joined meanwhile. Nothing is allocated, and all lengths are read and written on the device:
+    the store has room (`CodedStore.pin`).
+    slot: [B, H] int64, where the token goes if not after the others, -1 = nowhere; for lanes that write one by one, and the
+        length stays as it is.
     """
     forms = [gpu.form(lane.lane.codec, lane.role, lane.channels) for lane in (keys, values)]
     key_form, value_form = forms
@@ -107,13 +111,22 @@ def append(
     key_side, held_keys = _side(keys)
     value_side, held_values = _side(values)
     batch, heads = length.shape
-    arguments = _Append(key_side, value_side, live=live.data_ptr(), fresh=gpu.fresh(*new), heads=heads)
+    joined = joined or gpu.Joined()
+    arguments = _Append(
+        key_side,
+        value_side,
+        arrived=arrived.data_ptr(),
+        live=live.data_ptr(),
+        fresh=gpu.fresh(*new),
+        joined=joined,
+        heads=heads,
+    )
     if slot is None:
         arguments.length = length.data_ptr()
     else:
         arguments.slot = slot.data_ptr()
     macros = _macros(keys, key_form, value_form) | {"APPENDS": "1"}
-    gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, 2, 1), arguments)
+    gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, joined.count + 2, 1), arguments)
     del held_keys, held_values
 
 

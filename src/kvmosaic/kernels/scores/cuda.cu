@@ -6,10 +6,12 @@
 #include "warp.cuh"
 
 constexpr int THREADS = 128, WARPS = THREADS / 32;
+constexpr int MOST_QUERIES = 128;  // of a KV head
 
 struct Received {
   const float* logits;  // [rows][count][stride] in base 2: of the tokens held and, after them, of the step's own
-  const float* lse;     // [rows][count], natural, over all tokens everywhere
+  const float* most;    // [joined][rows][count], the parts of attention over all tokens everywhere: the greatest logit
+  const float* sum;     // and the sum of 2 to the logits less that
   const float* asks;    // [slots] 0 or 1: whether the step's query counts where a row holds so many tokens; null = always
   float* score;         // [rows][columns]
   int* position;        // [rows][columns]
@@ -21,7 +23,7 @@ struct Received {
   float* least;         // [parts][rows] rank of the token that leaves first
   int* least_at;        // [parts][rows] its slot
   i64 stride, columns;
-  int heads, count, parts, first, recent, by_score;
+  int heads, count, joined, parts, first, recent, by_score;
 };
 
 // of two tokens the one that leaves: of equals the one in the lower slot, the longer here
@@ -30,22 +32,34 @@ DEVICE void keep_least(float& least, int& at, float other, int other_at) {
 }
 
 KERNEL(THREADS, 8) receive(const Received w) {
-  SHARED float leasts[WARPS];
+  SHARED float leasts[WARPS], lse[MOST_QUERIES];  // lse in base 2
   SHARED int ats[WARPS];
   if (!*w.live) return;
   const i64 row = blockIdx.x, rows = gridDim.x, batch = row / w.heads;
   const int part = blockIdx.y, length = (int)w.length[row], placed = (int)w.placed[batch];
   const bool full = length >= w.capacity[batch];
   const float share = (w.asks == nullptr ? 1.f : w.asks[length]) / (float)w.count;
+  const int index = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  for (int q = index; q < w.count; q += WARPS) {
+    float most = LEAST, sum = 0.f;
+    for (int each = lane; each < w.joined; each += 32) most = fmaxf(most, w.most[(each * rows + row) * w.count + q]);
+#pragma unroll
+    for (int far = 16; far; far /= 2) most = fmaxf(most, shuffle_xor(most, far));
+    for (int each = lane; each < w.joined; each += 32) {
+      const i64 from = (each * rows + row) * w.count + q;
+      sum += exp2_fast(w.most[from] - most) * w.sum[from];
+    }
+#pragma unroll
+    for (int far = 16; far; far /= 2) sum += shuffle_xor(sum, far);
+    if (lane == 0) lse[q] = most + log2f(sum);
+  }
+  barrier();
   float least = infinity();
   int at = length;
   // tokens 0 ... length - 1, and the step's own as if it had been put after them
   for (int s = part * THREADS + threadIdx.x; s <= length; s += w.parts * THREADS) {
     float mass = 0.f;
-    for (int q = 0; q < w.count; q++) {
-      const i64 query = row * w.count + q;
-      mass += exp2_fast(w.logits[query * w.stride + s] - w.lse[query] * 1.44269504f);
-    }
+    for (int q = 0; q < w.count; q++) mass += exp2_fast(w.logits[(row * w.count + q) * w.stride + s] - lse[q]);
     const i64 column = row * w.columns + s;
     const float score = (s < length ? w.score[column] : 0.f) + mass * share;
     const int position = s < length ? w.position[column] : placed;
@@ -58,11 +72,10 @@ KERNEL(THREADS, 8) receive(const Received w) {
 #pragma unroll
   for (int far = 16; far; far /= 2) {
     const float other = shuffle_xor(least, far);
-    const int other_at = (int)shuffle((u32)at, (threadIdx.x & 31) ^ far);
+    const int other_at = (int)shuffle((u32)at, lane ^ far);
     keep_least(least, at, other, other_at);
   }
-  const int index = threadIdx.x >> 5;
-  if ((threadIdx.x & 31) == 0) leasts[index] = least, ats[index] = at;
+  if (lane == 0) leasts[index] = least, ats[index] = at;
   barrier();
   if (threadIdx.x) return;
   for (int i = 1; i < WARPS; i++) keep_least(least, at, leasts[i], ats[i]);

@@ -19,6 +19,7 @@ LOG2_E = math.log2(math.e)
 TILE, KEYS_A_WARP, WARPS = 64, 16, 4
 """Queries that a block of threads of `columns` has in shared memory, and keys that each of its warps keeps, or twice as many."""
 
+MOST_QUERIES = 128
 MOST_PARTS = 32
 TOKENS = 1024
 """Of a part, at least."""
@@ -29,11 +30,11 @@ class _Received(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                "logits", "lse", "asks", "score", "position", "length", "placed", "capacity", "slot", "live", "least", "least_at",
+                "logits", "most", "sum", "asks", "score", "position", "length", "placed", "capacity", "slot", "live", "least", "least_at",
             )
         ),
         *((name, ctypes.c_int64) for name in ("stride", "columns")),
-        *((name, ctypes.c_int32) for name in ("heads", "count", "parts", "first", "recent", "by_score")),
+        *((name, ctypes.c_int32) for name in ("heads", "count", "joined", "parts", "first", "recent", "by_score")),
     ]  # fmt: skip
 
 
@@ -88,14 +89,14 @@ def _aligned(x: Tensor) -> bool:
 
 
 def replace(
-    store: EvictingStore, order: Order, logits: Tensor, lse: Tensor, live: Tensor, asks: Tensor | None = None
+    store: EvictingStore, order: Order, asks: Tensor | None, logits: Tensor, joined: gpu.Joined, live: Tensor
 ) -> Tensor:
     """Add to the tokens' scores what a step pays them, and make room for the step's own token.
 
-    logits: [B * H, M, slots + 1] float32 in base 2, of the tokens held and, after them, of the step's own; lse [B * H, M],
-        natural, over all tokens everywhere. Each token receives the mean over the M queries of its KV head.
+    asks: [slots + 1] float32, 1 where the query counts when a row holds so many tokens, else 0; None = it always counts.
+    logits: [B * H, M, slots + 1] float32 in base 2, of the tokens held and, after them, of the step's own; joined: the parts of
+        attention over all tokens everywhere. Each token receives the mean over the M queries of its KV head.
     live: [1] int32; 0 = the step is one too many, and nothing changes.
-    asks: [slots] float32, 1 where the query counts when a row holds so many tokens, else 0; None = it always counts.
     Returns [B, H] int64, the slot that the step's own token is to be written to: after the others in a row below its capacity;
     in a full one that of the token that leaves first in this `order`; -1 where that is the step's own. Its columns are written,
     and lengths count it. The columns have a place more than the store has slots (`EvictingStore.pin`).
@@ -103,19 +104,21 @@ def replace(
     assert store.capacity is not None, "the first prompt sets the capacity"
     batch, heads = store.length.shape
     rows, count, stride = logits.shape
+    assert count <= MOST_QUERIES, f"{count} query heads share a KV head"
     parts = min(MOST_PARTS, -(-stride // TOKENS))
     slot = torch.empty_like(store.length)
-    least = lse.new_empty(parts, rows)
+    least = logits.new_empty(parts, rows)
     least_at = least.new_empty(parts, rows, dtype=torch.int32)
     received = _Received(
         **{
             name: tensor.data_ptr()
             for name, tensor in dict(
-                logits=logits, lse=lse, score=store.score, position=store.position, length=store.length, placed=store.placed,
+                logits=logits, score=store.score, position=store.position, length=store.length, placed=store.placed,
                 capacity=store.capacity, slot=slot, live=live, least=least, least_at=least_at,
             ).items()
         },
-        stride=stride, columns=store.score.shape[2], heads=heads, count=count, parts=parts, first=order.first, recent=order.recent,
+        stride=stride, columns=store.score.shape[2], heads=heads, count=count, parts=parts, joined=joined.first[joined.stores],
+        most=joined.most, sum=joined.sum, first=order.first, recent=order.recent,
         by_score=order.by_score,
     )  # fmt: skip
     if asks is not None:
