@@ -71,7 +71,7 @@ def test_evicting_steps_replace_the_same_tokens(text: str, padding: int, steps: 
 
 @pytest.mark.parametrize(
     ("text", "steps"),
-    [("zipcache gather=12", 30), ("zipvl mass=0.7 gather=12", 25), ("zipvl mass=0.7 gather=12 evict=true", 13)],
+    [("zipcache gather=12", 23), ("zipvl mass=0.7 gather=12", 25), ("zipvl mass=0.7 gather=12 evict=true", 13)],
 )
 def test_tokens_wait_and_get_the_tiers_that_they_would_get(text: str, steps: int, gpu_device: torch.device) -> None:
     stream = Stream(gpu_device, 45, 20, 3 + steps + 2)
