@@ -11,6 +11,7 @@ scores: the passes that score a prompt's tokens against the attention of the sam
 
 import gc
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -188,6 +189,19 @@ def prompt(model: Any, chosen: Recipe, ids: Tensor, times: int = 3) -> tuple[flo
     return statistics.median(found[1:]), held  # the first one compiles
 
 
+def gathering(held: kvmosaic.Cache) -> float:
+    """Microseconds in which the tokens that wait, as many as there may be, get their tiers in all layers."""
+    for layer in held.layers:
+        store = layer.pinned.waiting.store.store
+        for counted in (store.length, store.keys.coded, store.values.coded):
+            counted.fill_(100)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    held.gather()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e6
+
+
 def zipcache(compiled: bool, batch: int = 8, context: int = 4096) -> list[dict[str, Any]]:
     chosen, model = methods.get("zipcache")(), random_model()
     every = Recipe(selection=Saliency(share=0.6, probes=(1.0, 0.0)), tiers=chosen.tiers, name="all queries score")
@@ -208,14 +222,16 @@ def zipcache(compiled: bool, batch: int = 8, context: int = 4096) -> list[dict[s
         row["peak of the prompt"] = torch.cuda.max_memory_allocated() - weights
         torch.cuda.reset_peak_memory_stats()
         with by_numbers() if dense else nullcontext():
-            steps = captured(model, held, batch, 99, compiled)  # before tokens that wait are chosen among
+            steps = captured(model, held, batch, 199, compiled)  # fewer are made than are chosen among at a time
         assert steps.graph is not None, "captured"
         row["step"] = microseconds(steps.graph.replay, 0.5, 60)
         row["peak of the steps"] = torch.cuda.max_memory_allocated() - weights
+        row["tiers of 100 tokens"] = gathering(held)
         rows.append(row)
         print(
             f"{name:38} prompt {row['prompt']:10.0f} us  step {row['step']:8.0f} us  peaks "
-            f"{row['peak of the prompt'] / 2**30:6.2f} and {row['peak of the steps'] / 2**30:6.2f} GiB",
+            f"{row['peak of the prompt'] / 2**30:6.2f} and {row['peak of the steps'] / 2**30:6.2f} GiB; every 100 steps "
+            f"{row['tiers of 100 tokens']:8.0f} us",
             flush=True,
         )
         held.unpin()

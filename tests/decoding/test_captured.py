@@ -75,9 +75,7 @@ def test_the_next_prompt_uses_the_same_step_if_it_fits(text: str, gpu_device: to
     assert steps[2] is not steps[1], "more than the capacity makes it grow"
 
 
-@pytest.mark.parametrize(
-    "text", ["kivi residual=32", "h2o tokens=40 recent=8", "zipcache gather=3"]
-)
+@pytest.mark.parametrize("text", ["kivi residual=32", "h2o tokens=40 recent=8", "zipcache gather=3"])
 def test_a_row_that_has_ended_is_padded_and_the_cache_goes_on_from_the_end(text: str, gpu_device: torch.device) -> None:
     model, inputs = bfloat16("llama", gpu_device), inputs_for("llama", gpu_device, *PADDED)
     free = eager(model, inputs, text, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :]

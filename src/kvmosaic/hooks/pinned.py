@@ -127,7 +127,7 @@ class Pinned:
         return True
 
     def end(self, layer: CacheLayer, steps: int) -> None:
-        """So many steps were made since this began, or since the last time."""
+        """So many steps were made since the tokens were taken over (`__init__`, `load`)."""
         layer.seen += steps
         if self.waiting is not None and len(self.waiting) == self.waiting.selection.gather:
             self.gather(layer)

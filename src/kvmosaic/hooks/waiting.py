@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from kvmosaic.stores import EXACT, EvictingStore
 class Waiting:
     """As many tokens as are chosen among at a time, exact, with the attention that they receive meanwhile.
 
-    store: of `gather` slots, the same number taken in all rows; `take` empties it before a token would have to leave.
+    store: of `gather` slots, the same number taken in all rows. It is emptied before a token would have to leave.
     asks: [gather + 1] float32, 1 where the query of the token in that slot counts.
     """
 
@@ -37,8 +39,7 @@ class Waiting:
         for counted in (store.length, store.keys.coded, store.values.coded):
             counted.fill_(count)
         self.begin = seen - count
-        asks = [self.selection.asks(self.begin + each, each) for each in range(self.selection.gather)]
-        self.asks[:-1] = torch.tensor(asks, device=self.asks.device)
+        self.asks[:-1] = torch.tensor(_asks(self.selection, self.begin), device=self.asks.device)
 
     def __len__(self) -> int:
         return int(self.store.length[0, 0])
@@ -54,3 +55,9 @@ class Waiting:
             score=score,
             asked=self.asks[:count].bool().expand(score.shape[0], -1),
         )
+
+
+@lru_cache(maxsize=8)  # all layers ask alike
+def _asks(selection: Gathering, begin: int) -> list[bool]:
+    """Whose queries count of the tokens that wait, the first of them at place `begin`."""
+    return [selection.asks(begin + each, each) for each in range(selection.gather)]

@@ -193,9 +193,13 @@ class LaneBytes:
     def repinned(self) -> Iterator[None]:
         """For `put` while pinned: it makes new tensors of what is counted and of runs, and what they hold is then where a
         captured step finds it."""
-        coded, starts, parts = self.coded, self.starts, {name: self.buffers[name] for name in self._run_parts}
+        coded, starts, buffers = self.coded, self.starts, dict(self.buffers)
+        parts = {name: buffers.pop(name) for name in self._run_parts}
         self.unpin()
         yield
+        assert all(self.buffers[name] is buffer for name, buffer in buffers.items()), (
+            "pinned with room for all that comes"
+        )
         self.runs = self.starts.shape[2]
         self.coded, self.starts = coded.copy_(self.coded), _into(starts, self.starts)
         for name, part in parts.items():
