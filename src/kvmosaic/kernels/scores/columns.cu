@@ -13,6 +13,10 @@ constexpr int HELD = HEAD > 128 ? 1 : 2;     // times 16 keys that a warp of `co
 constexpr int WORDS = TILE * CHUNKS32 * 4;   // of 16 bytes
 constexpr int EACH = WORDS / THREADS;
 
+struct alignas(16) Quad {  // read and written at once
+  u32 x, y, z, w;
+};
+
 struct Columns {
   const u16* query;      // [batch][query heads][tokens][channels]
   const u16* keys;       // [batch][heads][tokens][channels]
@@ -27,23 +31,23 @@ struct Columns {
   int tokens, heads, groups, asked, splits;
 };
 
-SHARED Words tile[TILE * STRIDE / 8];
+SHARED Quad tile[TILE * STRIDE / 8];
 
-DEVICE Words read(const u16* row, int word) {  // zeros beyond the channels
-  return row != nullptr && 8 * word < HEAD ? *(const Words*)(row + 8 * word) : Words{0, 0, 0, 0};
+DEVICE Quad read(const u16* row, int word) {  // zeros beyond the channels
+  return row != nullptr && 8 * word < HEAD ? *(const Quad*)(row + 8 * word) : Quad{0, 0, 0, 0};
 }
-DEVICE Words row_word(int row, int c) { return tile[row * (STRIDE / 8) + 4 * c + (threadIdx.x & 3)]; }
+DEVICE Quad row_word(int row, int c) { return tile[row * (STRIDE / 8) + 4 * c + (threadIdx.x & 3)]; }
 
 // the next rows on their way to shared memory: row(i) points at the tile's i-th, or nowhere
 template <class Row>
-DEVICE void load(Words (&held)[EACH], Row row) {
+DEVICE void load(Quad (&held)[EACH], Row row) {
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     const int at = i * THREADS + threadIdx.x;
     held[i] = read(row(at / (CHUNKS32 * 4)), at % (CHUNKS32 * 4));
   }
 }
-DEVICE void store(const Words (&held)[EACH]) {
+DEVICE void store(const Quad (&held)[EACH]) {
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     const int at = i * THREADS + threadIdx.x;
@@ -52,10 +56,10 @@ DEVICE void store(const Words (&held)[EACH]) {
 }
 
 // 16 rows of one operand times 8 rows of the tile
-DEVICE void product(float (&c)[4], const Words (&upper)[CHUNKS32], const Words (&lower)[CHUNKS32], int row) {
+DEVICE void product(float (&c)[4], const Quad (&upper)[CHUNKS32], const Quad (&lower)[CHUNKS32], int row) {
 #pragma unroll
   for (int x = 0; x < CHUNKS32; x++) {
-    const Words b = row_word(row, x);
+    const Quad b = row_word(row, x);
     mma(c, upper[x].x, lower[x].x, upper[x].y, lower[x].y, b.x, b.y);
     mma(c, upper[x].z, lower[x].z, upper[x].w, lower[x].w, b.z, b.w);
   }
@@ -71,7 +75,7 @@ KERNEL(THREADS, 4) normalize(const Columns w) {
   const u16* keys = w.keys + batch * w.key_strides[0] + head * w.key_strides[1];
   const int last = w.rows[(first + TILE < w.asked ? first + TILE : w.asked) - 1];
   int place[2];
-  Words q[2][CHUNKS32];
+  Quad q[2][CHUNKS32];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int at = first + 16 * index + r + 8 * half;
@@ -86,7 +90,7 @@ KERNEL(THREADS, 4) normalize(const Columns w) {
     return [&, t0](int i) { return t0 + i < w.tokens ? keys + (i64)(t0 + i) * w.key_strides[2] : nullptr; };
   };
   float most[2] = {LEAST, LEAST}, sum[2] = {0.f, 0.f};
-  Words held[EACH];
+  Quad held[EACH];
   if (begin < end) load(held, key(begin * TILE));
   for (int part = begin; part < end; part++) {
     const int t0 = part * TILE;
@@ -144,7 +148,7 @@ KERNEL(THREADS, 3) columns(const Columns w) {
   const i64 batch = blockIdx.y / w.heads, head = blockIdx.y % w.heads;
   const u16* keys = w.keys + batch * w.key_strides[0] + head * w.key_strides[1];
   const int block = blockIdx.x * (16 * HELD * WARPS), first = block + index * (16 * HELD);
-  Words k[HELD][2][CHUNKS32];
+  Quad k[HELD][2][CHUNKS32];
   float sum[HELD][2];
 #pragma unroll
   for (int m = 0; m < HELD; m++)
@@ -173,7 +177,7 @@ KERNEL(THREADS, 3) columns(const Columns w) {
       return from + i < w.asked ? queries + w.rows[from + i] * w.query_strides[2] : nullptr;
     };
   };
-  Words held[EACH];
+  Quad held[EACH];
   if (tiles) load(held, query(0));
   for (int step = 0; step < w.groups * tiles; step++) {
     barrier();
