@@ -83,10 +83,23 @@ DEVICE void fit_range(const Side& side, int head, float low, float high, int bit
   low16 = float_to_half(low);
   scale16 = float_to_half(fmaxf(__fdiv_rn(high - half_to_float(low16), (float)((1 << bits) - 1)), 0.f));
 }
-DEVICE u8 quantize(float x, float low, float scale, int bits) {
-  if (!(scale > 0.f)) return 0;
-  return (u8)fminf(fmaxf(rintf(__fdiv_rn(x - low, scale)), 0.f), (float)((1 << bits) - 1));
-}
+// numbers of one range to codes as the codec rounds them. A product with the inverse is nearly the quotient; where a number
+// comes so close to the middle of two codes that nearly may be too little, `close` is set, and `divide` does it
+struct Quantizer {
+  float low, scale, inverse, top;
+  DEVICE_MEMBER Quantizer(u16 low16, u16 scale16, int bits)
+      : low(half_to_float(low16)), scale(half_to_float(scale16)), inverse(scale > 0.f ? __fdiv_rn(1.f, scale) : 0.f),
+        top((float)((1 << bits) - 1)) {}
+  DEVICE_MEMBER u32 code(float x, bool& close) const {
+    constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+    const float y = fminf(fmaxf((x - low) * inverse, 0.f), top), shifted = y + SHIFT;
+    close |= fabsf(y - (shifted - SHIFT)) > 0.5f - top * 4e-7f;  // two roundings of 2^-24 each, and the quotient's own
+    return __float_as_uint(shifted) & 255u;
+  }
+  DEVICE_MEMBER u32 divide(float x) const {
+    return scale > 0.f ? (u32)fminf(fmaxf(rintf(__fdiv_rn(x - low, scale)), 0.f), top) : 0;
+  }
+};
 
 // ranges by channel: a thread has two channels and every TEAMS-th batch of 32 tokens; `at(slot)` is where a token lies
 template <class Form, class At>
@@ -96,33 +109,43 @@ DEVICE void encode_channels(const Side& side, i64 row, int head, int block, int 
   SHARED float ends[2][TEAMS][HEAD];
   const int team = threadIdx.x / PAIRS, d = 2 * (threadIdx.x % PAIRS);
   u32 two[BATCH];
-  auto load = [&](int from, int stop) {
+  auto load = [&](int from) {  // tokens of others: one of these in their place
 #pragma unroll
-    for (int i = 0; i < BATCH; i++) two[i] = from + i < stop ? *(const u32*)(at(from + i) + d) : 0;
+    for (int i = 0; i < BATCH; i++) {
+      const int slot = from + i < begin ? begin : from + i < end ? from + i : end - 1;
+      two[i] = *(const u32*)(at(slot) + d);
+    }
   };
   auto number = [&](int i, int half) { return number_to_float((u16)(two[i] >> (16 * half))); };
-  auto quantize_batch = [&](int from, int stop, const float(&low)[2], const float(&scale)[2]) {
+  auto quantize_batch = [&](int from, const Quantizer (&by)[2]) {
+    bool close = false;
+    u8* to = code_of<Form>(from - block * BLOCK, d);
+    auto write = [&](auto code) {
 #pragma unroll
-    for (int i = 0; i < BATCH; i++)
-      if (from + i < stop)
-#pragma unroll
-        for (int half = 0; half < 2; half++)
-          *code_of<Form>(from + i - block * BLOCK, d + half) = quantize(number(i, half), low[half], scale[half], Form::bits);
+      for (int i = 0; i < BATCH; i++) {
+        const u32 low = code(number(i, 0), by[0]), high = code(number(i, 1), by[1]);
+        if (Form::keys)
+          *(u16*)(to + i * KEY_ROW) = (u16)(low | high << 8);
+        else
+          to[4 * (i & 7) + (i >> 3)] = (u8)low, to[VALUE_ROW + 4 * (i & 7) + (i >> 3)] = (u8)high;
+      }
+    };
+    write([&](float x, const Quantizer& each) { return each.code(x, close); });
+    if (close) write([&](float x, const Quantizer& each) { return each.divide(x); });
   };
   constexpr int group = Form::group ? Form::group : BLOCK;
-  for (int start = begin; start < end; start += group) {
+  for (int start = begin / BATCH * BATCH; start < end; start += group) {
     const int stop = start + group < end ? start + group : end;
-    if (one && (start - begin) / BATCH % TEAMS != team) continue;
-    float low[2] = {infinity(), infinity()}, high[2] = {-infinity(), -infinity()}, scale[2];
+    if (one && start / BATCH % TEAMS != team) continue;
+    float low[2] = {infinity(), infinity()}, high[2] = {-infinity(), -infinity()};
     if (Form::group) {
       for (int from = start + (one ? 0 : BATCH * team); from < stop && team < TEAMS; from += BATCH * (one ? 1 : TEAMS)) {
-        load(from, stop);
+        load(from);
 #pragma unroll
         for (int i = 0; i < BATCH; i++)
-          if (from + i < stop)
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-              low[half] = fminf(low[half], number(i, half)), high[half] = fmaxf(high[half], number(i, half));
+          for (int half = 0; half < 2; half++)
+            low[half] = fminf(low[half], number(i, half)), high[half] = fmaxf(high[half], number(i, half));
       }
       if (!one) {
         barrier();
@@ -136,20 +159,20 @@ DEVICE void encode_channels(const Side& side, i64 row, int head, int block, int 
     }
     if (team >= TEAMS) continue;
     const i64 entry = row * side.entry_stride + (i64)(Form::group ? start / group : run) * HEAD + d;
+    u16 low16[2], scale16[2];
     for (int half = 0; half < 2; half++) {
-      u16 low16, scale16;
       if (Form::group) {
-        fit_range(side, head, low[half], high[half], Form::bits, low16, scale16);
-        if (one || team == 0) side.low[entry + half] = low16, side.scale[entry + half] = scale16;
+        fit_range(side, head, low[half], high[half], Form::bits, low16[half], scale16[half]);
+        if (one || team == 0) side.low[entry + half] = low16[half], side.scale[entry + half] = scale16[half];
       } else {
-        low16 = side.low[entry + half], scale16 = side.scale[entry + half];
+        low16[half] = side.low[entry + half], scale16[half] = side.scale[entry + half];
       }
-      low[half] = half_to_float(low16), scale[half] = half_to_float(scale16);
     }
+    const Quantizer by[2] = {{low16[0], scale16[0], Form::bits}, {low16[1], scale16[1], Form::bits}};
     if (one) {
-      quantize_batch(start, stop, low, scale);
+      quantize_batch(start, by);
     } else {
-      for (int from = start + BATCH * team; from < stop; from += BATCH * TEAMS) load(from, stop), quantize_batch(from, stop, low, scale);
+      for (int from = start + BATCH * team; from < stop; from += BATCH * TEAMS) load(from), quantize_batch(from, by);
     }
   }
 }
@@ -190,7 +213,7 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
       const int slot = block * BLOCK + base + index + 8 * i;
-      if (slot < begin || slot >= end) continue;  // the whole warp
+      const bool real = slot >= begin && slot < end;  // others go round as well: what a warp does together it does at once
       float(&x)[PER] = all[i];
       if constexpr (Form::factor) {
 #pragma unroll
@@ -219,10 +242,11 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
 #pragma unroll
         for (int k = 0; k < PER; k++) square += channel(k) < HEAD ? x[k] * x[k] : 0.f;
         const float length = sqrtf(warp_sum(square)), norm = length * Form::unit;
+        const float inverse = __fdiv_rn(1.f, norm > 0.f ? norm : 1.f);
         float along = 0.f, coarse = 0.f;
 #pragma unroll
         for (int k = 0; k < PER; k++) {
-          const float y = __fdiv_rn(x[k], norm > 0.f ? norm : 1.f);
+          const float y = x[k] * inverse;
           int c = 0;
 #pragma unroll
           for (int edge = 0; edge + 1 < 1 << Form::bits; edge++)
@@ -235,7 +259,7 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
                             : Form::fit == MATCHED  ? __fdiv_rn(length, sqrtf(coarse))
                             : Form::fit == UNBIASED ? __fdiv_rn(length * length, fmaxf(along, 1e-30f))
                                                     : __fdiv_rn(along, coarse);
-        if (lane == 0) side.scale[row * side.entry_stride + slot] = float_to_half(scale);
+        if (real && lane == 0) side.scale[row * side.entry_stride + slot] = float_to_half(scale);
       } else {
         constexpr int wide = HEAD / Form::groups;  // channels that share a range
         float low[QUADS], high[QUADS];
@@ -270,15 +294,19 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
           u16 low16, scale16;
           fit_range(side, head, low[q], high[q], Form::bits, low16, scale16);
           const i64 entry = row * side.entry_stride + (i64)slot * Form::groups + channel(4 * q) / wide;
-          if (channel(4 * q) < HEAD && channel(4 * q) % wide == 0) side.low[entry] = low16, side.scale[entry] = scale16;
+          if (real && channel(4 * q) < HEAD && channel(4 * q) % wide == 0) side.low[entry] = low16, side.scale[entry] = scale16;
+          const Quantizer by(low16, scale16, Form::bits);
+          bool close = false;
 #pragma unroll
-          for (int e = 0; e < 4; e++)
-            code[4 * q + e] = quantize(x[4 * q + e], half_to_float(low16), half_to_float(scale16), Form::bits);
+          for (int e = 0; e < 4; e++) code[4 * q + e] = (u8)by.code(x[4 * q + e], close);
+          if (close)
+#pragma unroll
+            for (int e = 0; e < 4; e++) code[4 * q + e] = (u8)by.divide(x[4 * q + e]);
         }
       }
 #pragma unroll
       for (int q = 0; q < QUADS; q++)
-        if (Form::keys && channel(4 * q) < HEAD)
+        if (Form::keys && real && channel(4 * q) < HEAD)
           *(u32*)code_of<Form>(slot - block * BLOCK, channel(4 * q)) =
               code[4 * q] | code[4 * q + 1] << 8 | code[4 * q + 2] << 16 | (u32)code[4 * q + 3] << 24;
 #pragma unroll
