@@ -137,20 +137,22 @@ struct Fresh {           // tokens of the step itself, [batch][heads][count][cha
 
 constexpr bool HADAMARD = HEAD >= 32 && (HEAD & (HEAD - 1)) == 0;  // rotations of these sizes are signed Hadamard matrices
 
-// of a warp: x @ H, where a lane holds channels lane, lane + 32, ... and H has entries 1 and -1 (not normalized)
-DEVICE void hadamard(float (&x)[padded(HEAD) / 32]) {
+// of a warp: x @ H for the channels that its lanes hold, N each (in any order that gives each bit of a channel's number to a bit of
+// the lane's or the register's); H has entries 1 and -1 (not normalized)
+template <int N>
+DEVICE void hadamard(float (&x)[N]) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int far = 1; far < 32; far *= 2)
+  for (int far = 1; far < HEAD / N; far *= 2)
 #pragma unroll
-    for (int k = 0; k < padded(HEAD) / 32; k++) {
+    for (int k = 0; k < N; k++) {
       const float other = shuffle_xor(x[k], far);
       x[k] = lane & far ? other - x[k] : x[k] + other;
     }
 #pragma unroll
-  for (int far = 1; far < padded(HEAD) / 32; far *= 2)
+  for (int far = 1; far < N; far *= 2)
 #pragma unroll
-    for (int k = 0; k < padded(HEAD) / 32; k++)
+    for (int k = 0; k < N; k++)
       if (!(k & far)) {
         const float a = x[k], b = x[k + far];
         x[k] = a + b, x[k + far] = a - b;
