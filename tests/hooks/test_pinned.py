@@ -80,13 +80,14 @@ def test_tokens_wait_and_get_the_tiers_that_they_would_get(text: str, steps: int
         for now in range(45, 48):
             stream.feed(layer, now, now + 1)
     assert is_ready(pinned)
-    pinned.pinned = Pinned(pinned, steps, torch.ones(1, dtype=torch.int32, device=gpu_device))
+    pinned.pinned = Pinned(pinned, steps + 12, torch.ones(1, dtype=torch.int32, device=gpu_device))
     waiting = pinned.pinned.waiting
     for now in range(48, 48 + steps):
         expected, got = stream.feed(eager, now, now + 1), stream.feed(pinned, now, now + 1)
         torch.testing.assert_close(got, expected, atol=0.02, rtol=0.02)
         if waiting is not None and len(waiting) == 12:
             pinned.pinned.gather(pinned)
+    pinned.pinned.gather(pinned)  # which is one too many, and changes nothing
     pinned.pinned.end(pinned, steps)
     pinned.pinned.release(pinned)
     assert pinned.seen == eager.seen and pinned.stores.keys() == eager.stores.keys()

@@ -302,8 +302,9 @@ class _Steps:
                         self.ended |= self.choice.others(so_far, None)
                         self.live.copy_(~self.ended.all())
                 waiting.append(self._sent())
-                full = self.cache.stepped()
-                while waiting and (len(waiting) > AHEAD or step == most - 1 or full or not alone):
+                if self.cache.stepped():
+                    self.cache.gather()
+                while waiting and (len(waiting) > AHEAD or step == most - 1 or not alone):
                     column, event = waiting.popleft()
                     if event is not None:
                         event.synchronize()
@@ -311,8 +312,6 @@ class _Steps:
                     over = over | (self.choice.ends(column) if alone else self.ended.cpu())
                     if bool(over.all()):
                         return
-                if full:
-                    self.cache.gather()
 
     def _sent(self) -> tuple[Tensor, torch.cuda.Event | None]:
         """The tokens just chosen, on their way to the host."""

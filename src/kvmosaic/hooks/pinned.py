@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +36,8 @@ def why_not(recipe: Recipe, layer: int, channels: int, dtype: torch.dtype, devic
         tiers.append(recipe.first_in)
     stores = [(tier.lanes(layer), tier.affine_of(layer)) for tier in tiers]
     if isinstance(recipe.selection, Gathering):  # they come first, and tiers take what was chosen, many at a time
+        if any(lane.ring for tier in recipe.stored_in for lane in tier.lanes(layer)):
+            return "tokens are chosen among many at a time, and its tiers hold the newest back"
         stores = [(EXACT.lanes(layer), None), *stores]
     if isinstance(recipe.selection, Evicting) and stores[0][1] is not None:
         return "tokens are scored by their logits, and calibrated ones are others"
@@ -100,15 +101,18 @@ class Pinned:
         return step.run(self.step, query, keys, values, scale, softcap)
 
     def gather(self, layer: CacheLayer) -> None:
-        """Give all tokens that wait their tiers; for that the host waits for the device."""
+        """Give the tokens that wait their tiers, where there are as many as are chosen among: fewer if the steps that were queued
+        last came after the end. Nothing waits for the device; what cannot be encoded is not found, as in a step."""
         assert self.waiting is not None, "only asked where tokens wait"
-        held = self.waiting.held()
-        with ExitStack() as stack:
-            for store in layer.stores.values():
-                assert isinstance(store, CodedStore), "a layer that gathers has no others"
-                stack.enter_context(store.repinned())
-            layer.store(held)
-        self.waiting.fill(None, self.waiting.begin + len(held))
+        selection, full = self.waiting.selection, self.waiting.full
+        held = self.waiting.held(selection.gather)
+        assert held.score is not None and held.asked is not None, "tokens that wait are scored"
+        tiers = selection.assign_waiting(held.score, held.asked)
+        for index in range(len(layer.recipe.stored_in)):
+            store = layer.stores[f"tier {index}"]
+            assert isinstance(store, CodedStore), "a layer that gathers has no others"
+            store.put_pinned(held.keys, held.values, (tiers == index) & full[..., None])
+        self.waiting.empty(full)
 
     def load(self, layer: CacheLayer, other: CacheLayer, tokens: int) -> bool:
         """Take over another layer's tokens into this pinned one, if there is room for them and for `tokens` more."""
@@ -129,15 +133,15 @@ class Pinned:
     def end(self, layer: CacheLayer, steps: int) -> None:
         """So many steps were made since the tokens were taken over (`__init__`, `load`)."""
         layer.seen += steps
-        if self.waiting is not None and len(self.waiting) == self.waiting.selection.gather:
-            self.gather(layer)
+        if self.waiting is not None:
+            self.waiting.end(layer.seen)
 
     def release(self, layer: CacheLayer) -> None:
         """The layer goes on with steps of any size."""
         for store in self.step.stores:
             store.unpin()
         if self.waiting is not None and len(self.waiting):
-            layer.pending = self.waiting.held()
+            layer.pending = self.waiting.held(len(self.waiting))
         layer.pinned = None
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:

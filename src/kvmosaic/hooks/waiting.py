@@ -36,17 +36,41 @@ class Waiting:
             store.keys.buffers["numbers"][:, :, :count] = pending.keys
             store.values.buffers["numbers"][:, :, :count] = pending.values
             self.store.score[..., :count] = pending.score
-        for counted in (store.length, store.keys.coded, store.values.coded):
+        for counted in self._counts:
             counted.fill_(count)
-        self.begin = seen - count
-        self.asks[:-1] = torch.tensor(_asks(self.selection, self.begin), device=self.asks.device)
+        self._begin(seen - count)
+
+    def _begin(self, seen: int) -> None:
+        self.begin = seen
+        self.asks[:-1] = torch.tensor(_asks(self.selection, seen), device=self.asks.device)
+
+    @property
+    def _counts(self) -> tuple[Tensor, ...]:
+        store = self.store.store
+        return store.length, store.keys.coded, store.values.coded
+
+    @property
+    def full(self) -> Tensor:
+        """[B, H] bool, the same everywhere: whether as many wait as are chosen among."""
+        return self.store.length == self.selection.gather
+
+    def empty(self, full: Tensor) -> None:
+        """All that waits has its tier, if it was `full`."""
+        for counted in self._counts:
+            counted.mul_(~full)
+        self._begin(self.begin + self.selection.gather)
+
+    def end(self, seen: int) -> None:
+        """So many tokens have come: where the last of them ended, queued steps and what was to follow them changed nothing."""
+        if self.begin != seen - len(self):
+            self._begin(seen - len(self))
 
     def __len__(self) -> int:
         return int(self.store.length[0, 0])
 
-    def held(self) -> Pending:
-        """What waits, as a layer's ordinary steps have it."""
-        store, count = self.store.store, len(self)
+    def held(self, count: int) -> Pending:
+        """The first `count` that wait, as a layer's ordinary steps have them."""
+        store = self.store.store
         score = self.store.score[..., :count]
         return Pending(
             store.keys.buffers["numbers"][:, :, :count],

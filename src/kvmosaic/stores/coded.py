@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -225,13 +224,12 @@ class CodedStore:
         self.keys.unpin()
         self.values.unpin()
 
-    @contextmanager
-    def repinned(self) -> Iterator[None]:
-        """For `put` while pinned: whatever it replaces is afterwards where a captured step finds it."""
-        length = self.length
-        with self.keys.repinned(), self.values.repinned():
-            yield
-        self.length = length.copy_(self.length)
+    def put_pinned(self, keys: Tensor, values: Tensor, keep: Tensor) -> None:
+        """`put` as one more run while pinned, for lanes that hold nothing back: nothing waits for the device."""
+        count, order = keep.sum(2), (~keep).to(torch.uint8).argsort(dim=2, stable=True)[..., None]
+        for lane, x in ((self.keys, keys), (self.values, values)):
+            lane.put_pinned(x.gather(2, order.expand_as(x)), count)
+        self.length += count
 
     @property
     def room(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -217,14 +216,14 @@ class LaneBytes:
         for name in self._run_parts:
             self.buffers[name] = self.buffers[name][:, :, : self.runs].contiguous()
 
-    @contextmanager
-    def repinned(self) -> Iterator[None]:
-        """For `put` while pinned: it makes new tensors of what is counted and of runs, and what they hold is then where a
-        captured step finds it."""
+    def put_pinned(self, x: Tensor, count: Tensor) -> None:
+        """Encode one more run while pinned: x [B, H, T, D], of which each row has its first `count` tokens."""
+        assert not self.lane.ring, "asked before (`hooks.pinned.why_not`)"
         coded, starts, buffers = self.coded, self.starts, dict(self.buffers)
         parts = {name: buffers.pop(name) for name in self._run_parts}
         self.unpin()
-        yield
+        self._write(x, count, self.room)  # which makes new tensors of what is counted and of runs:
+        # what they hold goes to where a captured step finds it
         assert all(self.buffers[name] is buffer for name, buffer in buffers.items()), (
             "pinned with room for all that comes"
         )

@@ -80,7 +80,7 @@ def _write_run(lane: LaneBytes, x: Tensor, count: Tensor | None) -> None:
     codec = lane.lane.codec
     assert isinstance(codec, Uniform), "only uniform codecs have parameters of runs"
     outside = None  # what is not a row's
-    if count is not None and not bool((count == x.shape[2]).all()):
+    if count is not None:
         outside = (torch.arange(x.shape[2], device=x.device) >= count[..., None])[..., None]
     if codec.equalize:
         channel = (x if outside is None else x.masked_fill(outside, 0)).abs().amax(2, keepdim=True).float().sqrt()
