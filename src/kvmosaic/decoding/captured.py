@@ -2,7 +2,8 @@
 
 The step that is captured: the whole model over one token a row, the choice of the next token, and which rows have ended.
 All that changes from step to step lies on the device, so the host only replays, and reads what was chosen some steps
-later. A step after the last row has ended stores nothing.
+later. A step after the last row has ended stores nothing. Where tokens wait to be chosen among many at a time, that is queued
+between two steps. While a row has not had all of its first tokens, steps are generate's own.
 """
 
 from __future__ import annotations
