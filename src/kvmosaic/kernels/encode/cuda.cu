@@ -121,18 +121,20 @@ DEVICE void encode_channels(const Side& side, i64 row, int head, int block, int 
   auto quantize_batch = [&](int from, const Quantizer (&by)[2]) {
     bool close = false;
     u8* to = code_of<Form>(from - block * BLOCK, d);
-    auto write = [&](auto code) {
+    auto write = [&](bool divide) {
 #pragma unroll
       for (int i = 0; i < BATCH; i++) {
-        const u32 low = code(number(i, 0), by[0]), high = code(number(i, 1), by[1]);
+        const float x[2] = {number(i, 0), number(i, 1)};
+        const u32 low = divide ? by[0].divide(x[0]) : by[0].code(x[0], close);
+        const u32 high = divide ? by[1].divide(x[1]) : by[1].code(x[1], close);
         if (Form::keys)
           *(u16*)(to + i * KEY_ROW) = (u16)(low | high << 8);
         else
           to[4 * (i & 7) + (i >> 3)] = (u8)low, to[VALUE_ROW + 4 * (i & 7) + (i >> 3)] = (u8)high;
       }
     };
-    write([&](float x, const Quantizer& each) { return each.code(x, close); });
-    if (close) write([&](float x, const Quantizer& each) { return each.divide(x); });
+    write(false);
+    if (close) write(true);
   };
   constexpr int group = Form::group ? Form::group : BLOCK;
   for (int start = begin / BATCH * BATCH; start < end; start += group) {
@@ -404,7 +406,7 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
 #if APPENDS
 // a block of threads a row for each query that is to be joined, one for its keys and one for its values
 KERNEL(THREADS, 4) append(const Append w) {
-  const i64 row = blockIdx.x, batch = row / w.heads, head = row % w.heads;
+  const i64 row = blockIdx.x, batch = blockIdx.x / w.heads, head = blockIdx.x % w.heads;
   const int side = (int)blockIdx.y - w.joined.count;
   if (side < 0) {
     combine(w.joined, row, gridDim.x, blockIdx.y);
@@ -424,11 +426,11 @@ KERNEL(THREADS, 4) append(const Append w) {
 #else
 KERNEL(THREADS, 8) encode(const Writing w) {
   const i64 row = blockIdx.x;
-  const int head = (int)(row % w.heads), coded = (int)w.side.coded[row], all = coded + (w.count == nullptr ? w.tokens : (int)w.count[row]);
+  const int head = blockIdx.x % w.heads, coded = (int)w.side.coded[row], all = coded + (w.count == nullptr ? w.tokens : (int)w.count[row]);
   const int block = coded / BLOCK + blockIdx.y;
   const int begin = coded > block * BLOCK ? coded : block * BLOCK, end = all < (block + 1) * BLOCK ? all : (block + 1) * BLOCK;
   if (begin >= end) return;
-  const u16* x = w.x + row / w.heads * w.strides[0] + head * w.strides[1];
+  const u16* x = w.x + blockIdx.x / w.heads * w.strides[0] + head * w.strides[1];
   encode_block<WRITES>(w.side, row, head, block, begin, end, w.run, [&](int slot) { return x + (slot - coded) * w.strides[2]; });
 }
 #endif
