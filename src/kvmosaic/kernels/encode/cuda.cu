@@ -17,7 +17,7 @@ constexpr int QUADS = (DP + 127) / 128, PER = 4 * QUADS;  // a lane holds channe
     static constexpr bool keys = SIDE##_IS_KEYS;                                                                     \
     static constexpr int form = SIDE##_FORM, bits = SIDE##_BITS, group = SIDE##_GROUP, groups = SIDE##_GROUPS,       \
                          fit = SIDE##_FIT;                                                                           \
-    static constexpr bool factor = SIDE##_FACTOR, rotated = SIDE##_ROTATED;                                          \
+    static constexpr bool factor = SIDE##_FACTOR, rotated = SIDE##_ROTATED, table = SIDE##_TABLE;                    \
     static constexpr float unit = SIDE##_UNIT;                                                                       \
     static DEVICE_MEMBER float level(int code) {                                                                     \
       const u32 levels[4] = {SIDE##_LEVELS};                                                                         \
@@ -321,6 +321,14 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
   }
 }
 
+// where a word has the four codes of a plane, which come in a byte each (and, of a mask, in all bits of a byte)
+template <class Form>
+DEVICE u32 placed(u32 bytes, int plane) {
+  if (!Form::table) return (bytes & 0x01010101u * ((1u << Form::bits) - 1)) << (Form::bits * plane);
+  const u32 two = (bytes & 0x0f0f0f0fu) | (bytes & 0x0f0f0f0fu) >> 4;
+  return ((two & 255u) | (two >> 8 & 0xff00u)) << (16 * plane);
+}
+
 // slots begin ... end - 1, all of one block of codes
 template <class Form, class At>
 DEVICE void encode_block(const Side& side, i64 row, int head, int block, int begin, int end, int run, At at) {
@@ -330,7 +338,6 @@ DEVICE void encode_block(const Side& side, i64 row, int head, int block, int beg
     encode_tokens<Form>(side, row, head, block, begin, end, run, at);
   barrier();
   constexpr int planes = 8 / Form::bits;
-  constexpr u32 plane_mask = 0x01010101u * ((1u << Form::bits) - 1);
   Words* words = (Words*)(side.codes + row * side.code_stride + (i64)block * (BLOCK * DP * Form::bits / 8));
   begin -= block * BLOCK, end -= block * BLOCK;
   // the tiles of 512 bytes that these tokens are in
@@ -360,8 +367,8 @@ DEVICE void encode_block(const Side& side, i64 row, int head, int block, int beg
           for (int e = 0; e < 4; e++)
             if (token + 8 * e < begin || token + 8 * e >= end) bytes &= ~(255u << (8 * e));
         }
-        touched[x] |= (bytes & plane_mask) << (Form::bits * plane);
-        if (bytes && channel < HEAD) word[x] |= (*(const u32*)code_of<Form>(token, channel) & bytes) << (Form::bits * plane);
+        touched[x] |= placed<Form>(bytes, plane);
+        if (bytes && channel < HEAD) word[x] |= placed<Form>(*(const u32*)code_of<Form>(token, channel) & bytes, plane);
       }
     if ((touched[0] | touched[1] | touched[2] | touched[3]) == 0) continue;
     if ((touched[0] & touched[1] & touched[2] & touched[3]) != ~0u) {
