@@ -68,16 +68,16 @@ struct Work {
 // what a plane's operands come out multiplied by, taken off
 DEVICE float plane_factor(bool table, int bits, int plane) { return table ? 1.f : 1.f / (float)(1 << (bits * plane)); }
 
-// four codes of a plane as operands of a product: their bytes masked out, or what a table has for them
+// four codes of a plane as operands of a product: their bytes masked out, or what a table of bytes below 128 has for them
 template <bool TABLE, int BITS>
 DEVICE u32 operand(u32 word, int plane, u32 t0, u32 t1, u32 t2, u32 t3) {
   if constexpr (!TABLE) {
     return word & (0x01010101u * ((1u << BITS) - 1)) << (BITS * plane);
   } else {
-    const u32 codes = word >> (4 * plane) & 0x0f0f0f0fu;
-    const u32 four = __byte_perm(codes | codes >> 4, 0, 0x4420), below = four & 0x7777u;  // a selector has 4 bits
-    const u32 upper = __byte_perm(0u, ~0u, four >> 1 & 0x7777u);
-    return (__byte_perm(t0, t1, below) & ~upper) | (__byte_perm(t2, t3, below) & upper);
+    const u32 codes = word >> (16 * plane), eight = (word & 0x77777777u) >> (16 * plane);
+    const u32 lower = permute(t0, t1, eight), upper = permute(t2, t3, eight);
+    const u32 is_upper = permute(0x80808080u, 0x80808080u, codes);  // 255, or 128: of bytes that have no such bit
+    return (lower & ~is_upper) | (upper & is_upper);
   }
 }
 DEVICE u32 key_operand(u32 word, int plane) { return operand<KEY_TABLE, KEY_BITS>(word, plane, KEY_LEVELS); }
@@ -721,7 +721,7 @@ DEVICE void coded_logits(Warp& warp, const Work& w, i64 row, int t0, float (&s)[
     if constexpr (GROUPED) {
       if (t0 / KEY_ENTRY != warp.entry) warp.slice_entry(keys, row, t0 / KEY_ENTRY);
     }
-    const int group = t0 / 16, shift = KEY_BITS * (group % KEY_PLANES);
+    const int group = t0 / 16, shift = (KEY_TABLE ? 16 : KEY_BITS) * (group % KEY_PLANES);
     int c[TILES][4] = {};
 #pragma unroll
     for (int x = 0; x < CHUNKS32; x++) {
