@@ -397,8 +397,8 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
   bool stays = true;  // exact, that is
   if constexpr (Form::form != EXACT) {
     const int coded = (int)side.coded[row];
-    if (slot < coded) {  // in another's place
-      encode_block<Form>(side, row, head, slot / BLOCK, slot, slot + 1, 0, [&](int) { return token; });
+    if (Form::form == TOKEN && slot < coded) {  // in another's place
+      encode_block<Form>(side, row, head, slot / BLOCK, slot, slot + 1, 0, Rows{token, 0, slot});
       return;
     }
     if (slot - coded + 1 - side.window >= side.flush) {
