@@ -271,7 +271,8 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
           code[k] = (u8)c;
           if (channel(k) < HEAD) along += Form::level(c) * x[k], coarse += Form::level(c) * Form::level(c);
         }
-        along = warp_sum(along), coarse = warp_sum(coarse);
+        if (Form::fit == UNBIASED || Form::fit == LEAST_SQUARES) along = warp_sum(along);
+        if (Form::fit == MATCHED || Form::fit == LEAST_SQUARES) coarse = warp_sum(coarse);
         const float scale = Form::fit == NORM       ? norm
                             : Form::fit == MATCHED  ? __fdiv_rn(length, sqrtf(coarse))
                             : Form::fit == UNBIASED ? __fdiv_rn(length * length, fmaxf(along, 1e-30f))
