@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from kvmosaic.errors import BadCalibration, CacheInUse, CacheMismatch, RecipeConflict, UnsupportedModel
-from kvmosaic.hooks import models
+from kvmosaic.hooks import models, pinned
 from kvmosaic.hooks.layer import CacheLayer
 from kvmosaic.hooks.replay import replay
 from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
-from kvmosaic.selection import Evicting
+from kvmosaic.selection import Evicting, Gathering
 from kvmosaic.stores import Lane
 
 
@@ -83,6 +83,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
         self._context = models.context(model.config)
         self.head_size = models.head_size(model.config)
         self.pinned = False  # steps are kernels only (`decoding/captured.py`)
+        self._waiting = 0  # tokens that wait to be chosen among when the steps that were queued are done; while pinned
         self._refused = False  # a GPU has told too late that something cannot be encoded
         self._running: dict[str, int] = {}  # during a forward pass: its thread, and how many hooked modules it is in
 
@@ -231,32 +232,58 @@ class Cache(TransformersCache):  # type: ignore[misc]
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, CacheLayer):
                 return f"layer {index} does not attend to the whole context"
-            reason = layer.why_not_pinned(self.head_size, dtype, device)
+            reason = pinned.why_not(layer.recipe, index, self.head_size, dtype, device)
             if reason:
                 return reason
         return None
 
-    def pin(self, tokens: int, live: Tensor) -> None:
-        """Every step from now on is one token a row, `tokens` at most; see `CacheLayer.pin`."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be pinned now. If not it can be some steps later, unless past tokens are recorded."""
         self.settle()
+        return all(pinned.is_ready(layer) for layer in self.layers)
+
+    def pin(self, tokens: int, live: Tensor) -> None:
+        """Every step from now on is one token a row, `tokens` at most; see `hooks/pinned.py`."""
         for layer in self.layers:
-            layer.pin(tokens, live)
-        self.pinned = True
+            layer.pinned = pinned.Pinned(layer, tokens, live)
+        self.pinned, self._waiting = True, self._wait()
 
     def load(self, other: "Cache", tokens: int) -> bool:
         """Take over another cache's tokens into this one, that was pinned; False (and broken) if they have no room."""
-        self.pinned = all(mine.load(new, tokens) for mine, new in zip(self.layers, other.layers, strict=True))
+        self.pinned = all(
+            mine.pinned.load(mine, new, tokens) for mine, new in zip(self.layers, other.layers, strict=True)
+        )
+        self._waiting = self._wait() if self.pinned else 0
         return self.pinned
+
+    def stepped(self) -> bool:
+        """One more step of kernels only is on its way to the device. True if with its token so many wait as are chosen among at a
+        time: then `gather` is to be called before the next."""
+        self._waiting += 1
+        return isinstance(self.recipe.selection, Gathering) and self._waiting == self.recipe.selection.gather
+
+    def gather(self) -> None:
+        """Give the tokens that wait their tiers."""
+        for layer in self.layers:
+            layer.pinned.gather(layer)
+        self._waiting = 0
 
     def count(self, steps: int) -> None:
         """So many steps were kernels only, which the device alone has counted."""
         for layer in self.layers:
-            layer.seen += steps
+            layer.pinned.end(layer, steps)
+
+    def _wait(self) -> int:
+        """How many tokens wait to be chosen among, in every layer alike."""
+        waiting = self.layers[0].pinned.waiting
+        return 0 if waiting is None else len(waiting)
 
     def unpin(self) -> None:
         """Back to steps of any size, as any other cache."""
         for layer in self.layers:
-            layer.unpin()
+            if layer.pinned is not None:
+                layer.pinned.release(layer)
         self.pinned = False
 
     def _empty_layers(self) -> list[Any]:

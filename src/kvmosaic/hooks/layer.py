@@ -12,10 +12,10 @@ from transformers.cache_utils import CacheLayerMixin
 from kvmosaic.errors import CacheMismatch, CannotRollBack, NotFinite, UnsupportedModel
 from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_sinks
 from kvmosaic.hooks.pending import Pending
+from kvmosaic.hooks.pinned import Pinned
 from kvmosaic.hooks.rotary import Rotary
-from kvmosaic.kernels import step
 from kvmosaic.kernels.attention import Partial, dense, dense_mass, dense_peaks
-from kvmosaic.projection import NO_KERNEL, Basis
+from kvmosaic.projection import Basis
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import DROP, WAIT, Evicting, Gathering, Step
 from kvmosaic.stores import CodedStore, EvictingStore, Store, Tier
@@ -53,8 +53,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.record_past = False
         self.capacity: Tensor | None = None  # [B], tokens that a row may keep, if the selection goes on while decoding
         self.visual: Tensor | None = None  # of the step that is under way, [B, T]
-        self.live: Tensor | None = None  # [1] int32, set while steps are kernels only (`pin`)
-        self.stepping: step.Step | None = None
+        self.pinned: Pinned | None = None  # set while steps are kernels only
         self.position: Tensor | None = None  # of the step that is under way, [B or 1, T, ids]; only with `rotary`
 
     # what transformers asks of a layer
@@ -89,7 +88,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.seen, self.stores, self.pending, self.basis, self.is_initialized = 0, {}, None, None, False
-        self.record_past, self.capacity, self.live, self.stepping = False, None, None, None
+        self.record_past, self.capacity, self.pinned = False, None, None
         self.padding, self.reading = None, self.whole_prompt
 
     def activate_past_recording(self) -> None:
@@ -140,10 +139,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         sinks: Tensor | None,
     ) -> Tensor:
         """query [B, Hq, T, D] over everything stored and the step's own tokens; then the step's tokens are stored."""
-        if self.live is not None and self.stepping is not None:
-            if sinks is not None:
-                raise UnsupportedModel("a captured step knows no attention sinks; call model.generate instead")
-            return step.run(self.stepping, query, handle.keys, handle.values, scale, softcap)
+        if self.pinned is not None:
+            return self.pinned.attend(query, handle.keys, handle.values, scale, softcap, sinks)
         new = Pending(
             handle.keys,
             handle.values,
@@ -167,60 +164,6 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             out = to_output(merged, query)
         self._settle(new)
         return out
-
-    # steps of one token that are kernels only, so that a CUDA graph can hold them
-
-    def why_not_pinned(self, channels: int, dtype: torch.dtype, device: torch.device | None) -> str | None:
-        """Why steps of this layer, filled by a prompt, cannot be kernels only; None if they can.
-
-        channels: the head size. device: None = any GPU.
-        """
-        recipe = self.recipe
-        if isinstance(recipe.selection, Evicting | Gathering):
-            return "its selection goes on while decoding"
-        if recipe.first:
-            return "its first tokens have a store of their own"
-        if recipe.projection is not None:
-            return NO_KERNEL
-        tiers = [*recipe.stored_in, *([recipe.visual] if recipe.visual else [])]
-        stores = [(tier.lanes(self.index), tier.affine_of(self.index)) for tier in tiers]
-        return step.why_not(stores, channels, dtype, device)
-
-    def pin(self, tokens: int, live: Tensor) -> None:
-        """From now on every step is one token a row, `tokens` of them at most, by kernels that find all lengths on the device.
-
-        live: [1] int32 on the device; while it is 0 a step stores nothing.
-        """
-        empty = torch.empty(
-            self.batch_size, self.num_heads, 0, self.head_sizes[0], dtype=self.dtype, device=self.device
-        )
-        if "tier 0" not in self.stores:
-            self.stores["tier 0"] = self.recipe.stored_in[0].open(self.index, empty, empty)
-        stores: list[CodedStore] = []
-        for name in sorted(self.stores, key=lambda name: name != "tier 0"):  # the first takes the new tokens
-            store = self.stores[name]
-            assert isinstance(store, CodedStore), "asked before (`why_not_pinned`)"
-            store.pin(int(store.length.max()) + (0 if stores else tokens))
-            stores.append(store)
-        self.live = live
-        self.stepping = step.register(stores, live)
-
-    def load(self, other: "CacheLayer", tokens: int) -> bool:
-        """Take over another layer's tokens into this pinned one, if there is room for them and for `tokens` more."""
-        if self.stores.keys() != other.stores.keys() or self.batch_size != other.batch_size:
-            return False
-        for name, store in self.stores.items():
-            new = other.stores[name]
-            assert isinstance(store, CodedStore) and isinstance(new, CodedStore), "asked before (`why_not_pinned`)"
-            if (name == "tier 0" and store.room < int(new.length.max()) + tokens) or not store.load(new):
-                return False
-        assert self.stepping is not None, "pinned layers have a step"
-        self.seen, self.padding, self.live = other.seen, other.padding, self.stepping.live
-        return True
-
-    def unpin(self) -> None:
-        """Back to steps of any size."""
-        self.live = self.stepping = None
 
     def _read(
         self,
@@ -482,7 +425,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             position = None if tokens.position is None else tokens.position.mT
             store.put(tokens.keys, tokens.values, valid, keep, tokens.score, position)
         self.stores["tier 0"] = store
-        store.evict(selection.rank)
+        store.evict(selection.order.rank)
 
     def verify(self, fine: bool) -> None:
         """As `CodedStore.verify`, for all stores."""
@@ -557,6 +500,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             yield from ((name, "metadata", tensor) for name, tensor in self.basis.tensors())
         if self.padding is not None:
             yield "padding", "metadata", self.padding
+        if self.pinned is not None:
+            yield from self.pinned.tensors()
         if self.pending is not None:
             for name in ("keys", "values", "query", "visual", "valid", "tier", "score", "asked", "position"):
                 tensor = getattr(self.pending, name)

@@ -90,6 +90,21 @@ class Gathering(Selection):
         ...
 
 
+class Order(NamedTuple):
+    """In which tokens leave that carry their place and their score. A value, no function: kernels go by it too
+    (`kernels/scores/cuda.cu`). Tokens with an infinite score never leave."""
+
+    first: int  # so many of the first tokens never leave,
+    recent: int  # nor do so many of the newest
+    by_score: bool  # the least score leaves first; else the oldest
+
+    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
+        """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first, the infinite never."""
+        newest = position.masked_fill(~present, -1).amax(2, keepdim=True)
+        protected = (position < self.first) | (position > newest - self.recent) | score.isinf()
+        return (score if self.by_score else position.float()).masked_fill(protected, torch.inf)
+
+
 class Evicting(Selection):
     """The first prompt sets how many tokens a row may keep; from then on tokens leave as new ones come."""
 
@@ -108,9 +123,10 @@ class Evicting(Selection):
         """[B, T] bool: the tokens of a prompt or a later turn that never leave."""
         ...
 
+    @property
     @abstractmethod
-    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
-        """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first, the infinite never."""
+    def order(self) -> "Order":
+        """In which tokens leave."""
         ...
 
 

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from kvmosaic.selection.base import DROP, Evicting, Selection, Step, places
+from kvmosaic.selection.base import DROP, Evicting, Order, Selection, Step, places
 from kvmosaic.selection.budget import Budget
 from kvmosaic.selection.layers import LayerBudgets
 from kvmosaic.selection.scores import Recency, Reconstruction, Scorer
@@ -176,8 +176,6 @@ class HeavyHitters(TopTokens, Evicting):
         wanted = torch.full_like(present, self.budget.tokens) if self.budget.tokens else self.budget.count(present)
         return self._shared(wanted, present, step.layer, step.layers).clamp_min(self._first + self.recent)
 
-    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
-        newest = position.masked_fill(~present, -1).amax(2, keepdim=True)
-        protected = (position < self._first) | (position > newest - self.recent) | score.isinf()
-        by = position.float() if isinstance(self.scorer, Recency) else score
-        return by.masked_fill(protected, torch.inf)
+    @property
+    def order(self) -> Order:
+        return Order(self._first, self.recent, by_score=not isinstance(self.scorer, Recency))

@@ -1,8 +1,9 @@
 """Tokens as codes: the store behind every quantizer, and behind exact tokens too (their codec is `Exact`)."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,13 @@ class Store(Protocol):
     def attend(
         self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None
     ) -> Partial: ...
+
+    def needs(self, tokens: int) -> int: ...
+
+    @property
+    def room(self) -> int: ...
+
+    def load(self, other: Any) -> bool: ...
 
     @property
     def unverified(self) -> list[tuple[str, Tensor]]: ...
@@ -201,16 +209,39 @@ class CodedStore:
         self.length = length
         self.keys.coded = self.values.coded = length
 
-    def pin(self, tokens: int) -> None:
-        """Room for `tokens` slots, in tensors that a captured step writes in place (until `put` needs more)."""
-        self.keys.pin(tokens)
-        self.values.pin(tokens)
+    def needs(self, tokens: int) -> int:
+        """Slots for `tokens` more in every row."""
+        return int(self.length.max()) + tokens
+
+    def pin(self, slots: int, runs: int = 0) -> None:
+        """Room for `slots` and for `runs` more runs, in tensors that a captured step reads and writes in place."""
+        self.keys.pin(slots, runs)
+        self.values.pin(slots, runs)
         self.length = self.length.clone()
+
+    def unpin(self) -> None:
+        """Back to tensors that `put` may replace."""
+        self.keys.unpin()
+        self.values.unpin()
+
+    def put_pinned(self, keys: Tensor, values: Tensor, keep: Tensor) -> None:
+        """`put` as one more run while pinned, for lanes that hold nothing back: nothing waits for the device."""
+        count, order = keep.sum(2), (~keep).to(torch.uint8).argsort(dim=2, stable=True)[..., None]
+        for lane, x in ((self.keys, keys), (self.values, values)):
+            lane.put_pinned(x.gather(2, order.expand_as(x)), count)
+        self.length += count
 
     @property
     def room(self) -> int:
         """Slots that both sides have room for."""
         return min(self.keys.room, self.values.room)
+
+    @property
+    def runs_left(self) -> float:
+        """Runs that there is room for; no end of them where tokens share nothing by run."""
+        return min(
+            (lane.starts.shape[2] - lane.runs for lane in (self.keys, self.values) if lane.by_run), default=math.inf
+        )
 
     def load(self, other: "CodedStore") -> bool:
         """Take over another store's tokens into the tensors that are here; False if they have no room for them."""
