@@ -191,8 +191,13 @@ class Cache(TransformersCache):  # type: ignore[misc]
         if self._shape is not None and held is not None:
             visual = 0 if held.visual is None else int(held.visual.sum(1).max())
             self._resolve(self._shape, held.keys.shape[0], len(held), visual)
-        for layer in waiting:
-            layer.settle()
+        tiers: Sequence[Tensor | None] = [None] * len(waiting)
+        if self._replay is not None:
+            selection = waiting[0].recipe.selection
+            assert selection is not None, "it asked for the replay"
+            tiers = selection.assign_replayed(*zip(*(layer.replay_scores() for layer in waiting), strict=True))
+        for layer, tier in zip(waiting, tiers, strict=True):
+            layer.settle(tier)
 
     def activate_past_recording(self) -> None:
         self.settle()

@@ -264,16 +264,21 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             score = score.maximum(self.pending.score)
         self.pending = replace(self.pending, score=score)
 
-    def settle(self) -> None:
-        """The first prompt is complete: select from it and store it, as if it had come in one piece."""
+    def replay_scores(self) -> tuple[Step, Tensor]:
+        """The first prompt, which waits, and the scores [B, H, T] that its repetition gave. The step's query is not known."""
+        assert self.pending is not None and self.pending.score is not None, "a prompt is replayed before it is settled"
+        return self._step(self.pending, self.pending.keys, self.scale, before=0), self.pending.score
+
+    def settle(self, tier: Tensor | None = None) -> None:
+        """The first prompt is complete: select from it and store it, as if it had come in one piece.
+
+        tier [B, H, T] int8: what was said of all layers together; None = the layer's selection says it now.
+        """
         if not self.reading or self.pending is None:
             return
         held, self.pending, self.reading = self.pending, None, False
         query, waiting = held.query, replace(held, query=None)
-        if self.recipe.selection is not None and self.recipe.selection.replay is not None:
-            assert waiting.score is not None, "a prompt is replayed before it is settled"
-            step = self._step(waiting, waiting.keys, self.scale, before=0)
-            tier = self.recipe.selection.assign_scored(step, waiting.score)
+        if tier is not None:
             waiting = replace(waiting, tier=tier, score=None)
         elif query is not None:
             waiting = self._assigned(waiting, query, self.scale, before=0)

@@ -1,7 +1,7 @@
 """What a selection sees, and what it answers."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -56,8 +56,12 @@ class Selection(Protocol):
     @property
     def replay(self) -> int | None:
         """How many tokens of the first prompt are fed again at a time, to score them by what that pays to each; None = scores
-        come from the prompt's own pass. With it, `assign_scored(step, score)` is asked for the first prompt."""
+        come from the prompt's own pass. With it, `assign_replayed` is asked for the first prompt."""
         return None
+
+    def assign_replayed(self, steps: Sequence[Step], scores: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`assign` for the first prompt in all layers together, with the scores [B, H, T] float32 that its repetition gave."""
+        return [self.assign_scored(step, score) for step, score in zip(steps, scores, strict=True)]
 
     def assign_scored(self, step: Step, score: Tensor) -> Tensor:
         """`assign` with scores [B, H, T] float32 at hand, for selections that are told them."""
