@@ -5,6 +5,7 @@ import torch
 
 from kvmosaic import Cache, Recipe, methods
 from kvmosaic.calibration import Calibration
+from kvmosaic.kernels import native
 from kvmosaic.selection import DROP, Evicting, Gathering, Recency, TopTokens
 from tests import models
 from tests.instances import BARE, EXACT
@@ -71,9 +72,10 @@ def test_of_equal_scores_the_older_token_stays(name):
 
 @pytest.mark.parametrize("name", BUDGETED)
 @pytest.mark.parametrize("budget", ["keep=1.0", "tokens=1000", "gigabytes=1"])
-def test_a_budget_over_the_length_is_exact_bit_for_bit(name, budget):
-    if methods.get(name)().selection.head_floor is not None and budget == "gigabytes=1":
-        pytest.skip("refused: heads compete")
+def test_a_budget_over_the_length_is_exact_bit_for_bit(name, budget, monkeypatch):
+    monkeypatch.undo()  # with the compiled kernels: PyTorch's sums change with how many rows it is given at once
+    if methods.get(name)().selection.uneven and native.kernels().library is None:
+        pytest.skip("no compiled kernels")
     if budget == "keep=1.0" and isinstance(methods.get(name)().selection, Evicting):
         pytest.skip("as many as the first prompt has, so that generated tokens push others out")
     model, inputs = models.model("llama"), prompt("llama", Row(75, 0, 0), Row(58, 0, 1))

@@ -19,6 +19,7 @@ from tests.instances import EXACT
 from tests.models import Row, prompt
 
 TEXT = ["exact", "kivi bits=2 residual=32", "mosaic bits=2", "snapkv keep=0.5 | kivi bits=4 residual=32"]
+TEXT += ["adakv keep=0.5 window=8 floor=0 | kivi bits=4 residual=32"]
 VISUAL = ["calibquant", "calibquant bits=2 | kivi bits=2 residual=32"]
 PADDED = (Row(), Row(text=31, seed=1))
 
@@ -60,14 +61,15 @@ def test_captured_is_eager_on_pictures(kind: str, text: str, gpu_device: torch.d
     assert torch.equal(ours(model, inputs, text, max_new_tokens=8), eager(model, inputs, text, max_new_tokens=8))
 
 
-def test_the_next_prompt_uses_the_same_step_if_it_fits(gpu_device: torch.device) -> None:
+@pytest.mark.parametrize("text", ["mosaic", "adakv keep=0.9 window=8"])
+def test_the_next_prompt_uses_the_same_step_if_it_fits(text: str, gpu_device: torch.device) -> None:
     model = bfloat16("llama", gpu_device)
-    decoder = Decoder(model, recipe("mosaic"), capacity=80, compiled=False)
+    decoder = Decoder(model, recipe(text), capacity=80, compiled=False)
     steps = []
     for row in (Row(text=45), Row(text=31, seed=1), Row(text=150, seed=2)):
         inputs = inputs_for("llama", gpu_device, row)
         said = decoder.generate(**inputs, max_new_tokens=8, do_sample=False)
-        assert torch.equal(said, eager(model, inputs, "mosaic", max_new_tokens=8))
+        assert torch.equal(said, eager(model, inputs, text, max_new_tokens=8))
         steps.append(decoder._steps)
     assert steps[0] is steps[1], "a shorter prompt fits"
     assert steps[2] is not steps[1], "more than the capacity makes it grow"

@@ -63,10 +63,10 @@ def test_tokens_with_the_highest_scores_of_all_layers_stay_and_the_sinks(floor):
     for layer, whole, stays in zip(cache.layers, exact.layers, score >= least, strict=True):
         store, every = layer.stores["tier 0"], whole.stores["tier 0"]
         assert store.length.tolist() == stays.sum(-1).tolist()
-        for head, mine in enumerate(stays[0]):
-            (kept,) = store.keys.read(0, 75).values()
-            (keys,) = every.keys.read(0, 75).values()
-            assert torch.equal(kept[0, head, : mine.sum()], keys[0, head, mine])
+        for own, other, mine in zip(store.rows[0], every.rows[0], stays[0], strict=True):
+            (kept,) = own.keys.read(0, int(mine.sum())).values()
+            (keys,) = other.keys.read(0, 75).values()
+            assert torch.equal(kept[0, 0], keys[0, 0, mine])
 
 
 def test_a_budget_is_not_shared_out_by_rule_where_layers_compete():

@@ -18,7 +18,7 @@ from kvmosaic.kernels.attention import Partial, dense, dense_mass, dense_peaks
 from kvmosaic.projection import NO_KERNEL, Basis
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import DROP, WAIT, Evicting, Gathering, Step
-from kvmosaic.stores import CodedStore, EvictingStore, Store, Tier
+from kvmosaic.stores import CodedStore, EvictingStore, RaggedStore, Store, Tier
 
 ROLLBACK = 128
 """While past is recorded (assisted decoding), this many of the newest tokens at least can be taken back."""
@@ -198,8 +198,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             self.stores["tier 0"] = self.recipe.stored_in[0].open(self.index, empty, empty)
         stores: list[CodedStore] = []
         for name in sorted(self.stores, key=lambda name: name != "tier 0"):  # the first takes the new tokens
-            store = self.stores[name]
-            assert isinstance(store, CodedStore), "asked before (`why_not_pinned`)"
+            store = self.stores[name] = _even(self.stores[name])
             store.pin(int(store.length.max()) + (0 if stores else tokens))
             stores.append(store)
         self.live = live
@@ -210,8 +209,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.stores.keys() != other.stores.keys() or self.batch_size != other.batch_size:
             return False
         for name, store in self.stores.items():
-            new = other.stores[name]
-            assert isinstance(store, CodedStore) and isinstance(new, CodedStore), "asked before (`why_not_pinned`)"
+            store, new = _even(store), _even(other.stores[name])
             if (name == "tier 0" and store.room < int(new.length.max()) + tokens) or not store.load(new):
                 return False
         assert self.stepping is not None, "pinned layers have a step"
@@ -467,7 +465,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         store = self.stores.get(name)
         if store is None:
             store = tier.open(self.index, tokens.keys, tokens.values, self.basis, self.rotary)
-        assert isinstance(store, CodedStore), "a layer that does not evict has coded stores"
+            if self.recipe.selection is not None and self.recipe.selection.uneven:
+                store = RaggedStore(store)
+        assert isinstance(store, CodedStore | RaggedStore), "a layer that does not evict has coded stores"
         with self._naming_the_layer():
             store.put(tokens.keys, tokens.values, keep, None if tokens.position is None else tokens.position.mT)
         self.stores[name] = store  # after what may be refused: a first prompt that is tried again chooses a basis anew
@@ -561,6 +561,14 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
                 tensor = getattr(self.pending, name)
                 if tensor is not None:
                     yield f"pending.{name}", "exact" if name in ("keys", "values", "query") else "metadata", tensor
+
+
+def _even(store: Store) -> CodedStore:
+    """As kernels read it that take all rows at once."""
+    if isinstance(store, RaggedStore):
+        return store.padded()
+    assert isinstance(store, CodedStore), "asked before (`why_not_pinned`)"
+    return store
 
 
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:

@@ -68,6 +68,11 @@ class Selection(Protocol):
         return self.assign(step)
 
     @property
+    def uneven(self) -> bool:
+        """Whether the heads of a layer may keep different counts of tokens."""
+        return False
+
+    @property
     def sized(self) -> bool:
         """Whether its budget is a size of memory, which is `resolved` when a prompt comes."""
         return False

@@ -37,11 +37,6 @@ class TopTokens(Selection):
             raise ValueError(f"sinks and recent are counts of tokens, got {self.sinks} and {self.recent}")
         if self.head_floor is not None and not 0 <= self.head_floor <= 1:
             raise ValueError(f"head_floor is a share of the mean budget, between 0 and 1, got {self.head_floor}")
-        if self.head_floor is not None and self.sized:
-            raise ValueError(
-                f"gigabytes={self.budget.gigabytes} cannot be promised where heads compete: a layer's bytes follow its greediest "
-                "head, which scores alone tell. Give keep= or tokens="
-            )
         if self.layers is not None and self.replay is not None:
             raise ValueError(
                 "where a prompt is fed again, layers compete, so that no rule shares its budget out between them"
@@ -59,6 +54,10 @@ class TopTokens(Selection):
     @property
     def sees_visual(self) -> bool:
         return self.budget.protect.by_kind
+
+    @property
+    def uneven(self) -> bool:
+        return self.head_floor is not None
 
     @property
     def sized(self) -> bool:

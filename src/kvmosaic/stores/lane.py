@@ -7,8 +7,9 @@ encodes its keys 128 tokens at a time and its values one by one.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -194,6 +195,25 @@ class LaneBytes:
         self.starts.copy_(other.starts)
         self.free = 0
         return True
+
+    def joined(self, rows: Sequence[Sequence[LaneBytes]]) -> LaneBytes:
+        """A lane like this of single rows [B][H] and their tokens; every row gets the room of the longest."""
+        assert self.basis is None, "each row would know its keys by channels of its own"
+
+        def join(parts: list[Tensor]) -> Tensor:
+            most = max(part.shape[2] for part in parts)
+            padded = [torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[2])) for part in parts]
+            return torch.cat(padded).view(*self.coded.shape, most, parts[0].shape[3])
+
+        lanes, new = [lane for heads in rows for lane in heads], copy.copy(self)
+        new.buffers = {name: join([lane.buffers[name] for lane in lanes]) for name in self.buffers}
+        new.ring, new.position = join([lane.ring for lane in lanes]), join([lane.position for lane in lanes])
+        new.coded = torch.cat([lane.coded for lane in lanes]).view_as(self.coded)
+        runs = max(lane.starts.shape[2] for lane in lanes)
+        # a run in which a row took no tokens is empty, and begins where the next one does
+        starts = [torch.cat([lane.starts, lane.coded[..., None].expand(-1, -1, runs)], 2) for lane in lanes]
+        new.starts = torch.cat([each[:, :, :runs] for each in starts]).view(*self.coded.shape, runs)
+        return new
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy encoded tokens from slots `source` to slots `target`, [B, H, n] each; for lanes that write one by one."""
