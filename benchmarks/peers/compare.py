@@ -40,7 +40,7 @@ OURS = {
     "AdaKV(SnapKV)": f"adakv {WINDOW}",
     "ExpectedAttention": "expected_attention keep={keep} epsilon=0",
     "AdaKV(ExpectedAttention)": "adakv scorer=expected_attention keep={keep}",
-    "KVzip": "kvzip keep={keep} floor=0",
+    "KVzip": "kvzip keep={keep}",
     "ThinK": "think pruned={pruned}",
     "bits in place of tokens": "mosaic bits=2",
 }
@@ -52,6 +52,7 @@ TASKS = {  # label: examples, and whether each question is part of its context
     "needle sentences=40 needles=8 questions=8": (6, False),
     "text": (8, False),
 }
+LIBRARIES = ["kvpress", "kvmosaic"]
 CONTEXT, CONTINUATION = 768, 128  # tokens of each text
 
 
@@ -154,7 +155,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return f"### {first['model']}: {first['task']}\n\n{metric}, n = {first['n']:,}; {exact}.\n\n{markdown(lines)}"
 
 
-def measure(name: str, labels: list[str], keeps: list[float]) -> list[dict[str, Any]]:
+def measure(name: str, labels: list[str], keeps: list[float], libraries: list[str]) -> list[dict[str, Any]]:
     opened = open_quietly(name)
     tasks = {}
     for label in labels:
@@ -167,9 +168,9 @@ def measure(name: str, labels: list[str], keeps: list[float]) -> list[dict[str, 
         row = {"task": task, "method": method, "keep": keep, "library": library, "recipe": recipe}
         rows.append(row | columns(opened, tasks[task], found) | setting)
 
-    for each in kvpress(name, tasks, keeps):
+    for each in kvpress(name, tasks, keeps) if "kvpress" in libraries else ():
         add("kvpress", each["task"], each["method"], each["keep"], each, None)
-    for task, asked in tasks.items():
+    for task, asked in tasks.items() if "kvmosaic" in libraries else ():
         add("kvmosaic", task, "all", 1.0, score(opened, "exact", asked), "exact")
         for method, text in OURS.items():
             for keep in keeps if "{" in text else [1.0]:
@@ -183,12 +184,16 @@ def main() -> None:
     parser.add_argument("--model", default="mosaic-lm")
     parser.add_argument("--keeps", type=float, nargs="*", default=[0.5, 0.25])
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), help="rows of others are kept")
+    parser.add_argument(
+        "--libraries", nargs="*", choices=LIBRARIES, default=LIBRARIES, help="rows of the other are kept"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    found = measure(arguments.model, arguments.tasks, arguments.keeps)
-    again = {(row["model"], row["task"]) for row in found}
-    rows = [row for row in rows if (row["model"], row["task"]) not in again] + found
+    found = measure(arguments.model, arguments.tasks, arguments.keeps, arguments.libraries)
+    again = {(row["model"], row["task"], row["library"]) for row in found}
+    rows = [row for row in rows if (row["model"], row["task"], row["library"]) not in again] + found
+    rows.sort(key=lambda row: (row["model"], row["task"], LIBRARIES.index(row["library"])))
     with whole_file(RESULTS) as part:
         part.write_text(json.dumps(rows, indent=1) + "\n")
     groups = dict.fromkeys((row["model"], row["task"]) for row in rows)

@@ -38,11 +38,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         rotary: Rotary | None = None,
         frequencies: tuple[float, ...] | None = None,
         whole_prompt: bool = False,
+        pruned: bool = False,
     ) -> None:
         super().__init__()
         self.index, self.layers, self.recipe, self.rotary = index, layers, recipe, rotary
         self.frequencies = frequencies  # of the model's rotary embedding, radians a place
         self.whole_prompt = self.reading = whole_prompt  # reading: tokens wait until `settle` ends the first prompt
+        self.pruned = pruned  # and what waits is brought back to the budget after each piece; its rows are single heads
         self.replayed: Tensor | None = None  # [B, T], the tokens of the prompt that are being fed again, to be scored
         self.scale = 0.0
         self.seen = 0
@@ -98,7 +100,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest -tokens_to_remove tokens (a number at most 0), then store what was waiting."""
         remove = -int(tokens_to_remove)  # transformers 5.17 counts in a tensor
-        waiting = 0 if self.pending is None else len(self.pending)
+        waiting = 0 if self.pending is None or (self.reading and self.pruned) else len(self.pending)
         if remove < 0 or remove > waiting:
             raise CannotRollBack(
                 f"asked to take back {remove} tokens of layer {self.index}, of which {waiting} are not stored yet. Call "
@@ -233,11 +235,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """A piece of a prompt that is settled as a whole: attended exactly, beside the pieces before; or, while tokens are
         replayed, what their repetition pays to each of them."""
         self.scale = scale
+        if self.pruned:
+            return self._read_and_prune(module, new, query, mask, scale, softcap, sinks)
         if self.pending is None:
             out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
         else:
             both, rows = self.pending + new, by_kv_head(query, self.num_heads)
-            mask = self._beside_pending(None if mask is None else mask[..., -query.shape[2] :], query)
+            mask = self._beside(self.pending, None if mask is None else mask[..., -query.shape[2] :], query)
             merged = with_sinks([dense(rows, both.keys, both.values, scale, mask, softcap)], sinks)
             out = to_output(merged, query)
             if self.replayed is not None:
@@ -252,6 +256,46 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         new = replace(new, query=query if selects or self.recipe.projection is not None else None)
         self.pending, self.visual = new if self.pending is None else self.pending + new, None
         self._count(new)
+        return out
+
+    def _read_and_prune(
+        self,
+        module: nn.Module,
+        new: Pending,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """`_read` of a piece after which the prompt so far is selected from. Each head goes on with its own tokens, as a row."""
+        batch, heads = len(query), self.num_heads
+        at = self._step(new, query, scale)
+        columns = {"visual": at.visual, "valid": at.valid, "place": at.place}
+        piece = Pending(new.keys, new.values, query=query, **{name: self._by_head(x) for name, x in columns.items()})
+        piece = piece.heads_as_rows(heads)
+        both = piece if self.pending is None else self.pending.heads_as_rows(heads) + piece
+        assert both.query is not None and both.valid is not None and both.place is not None, "just set"
+        if self.pending is None:
+            out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
+        else:
+            rows, earlier = both.query[:, None, :, -len(new) :], both[: -len(new)]
+            if mask is not None:
+                mask = mask[..., -len(new) :].expand(batch, -1, -1, -1).repeat_interleave(heads, 0)
+            part = dense(rows, both.keys, both.values, scale, self._beside(earlier, mask, rows[:, 0]), softcap)
+            merged = with_sinks([Partial(*(x.view(batch, heads, *x.shape[2:]) for x in part))], sinks)
+            out = to_output(merged, query)
+        self.visual = None
+        self._count(new)
+        step = at._replace(**{name: getattr(both, name) for name in ("query", "keys", "values", "place", "visual")})
+        selection = self.recipe.selection
+        assert selection is not None and selection.prunes, "asked before"
+        tier = selection.assign(step._replace(whole=at.place.amax(1).add(1).repeat_interleave(heads, 0)))
+        keep = (tier[:, 0] != DROP) & both.valid
+        # in their order, on the right: rows that keep fewer are padded on the left, as prompts are
+        stay = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -int(keep.sum(1).max()) :]
+        kept = replace(both, valid=keep, place=both.place.masked_fill(~keep, -1))
+        self.pending = kept.gather(stay).rows_as_heads(batch)
         return out
 
     def _raise(self, peaks: Tensor) -> None:
@@ -276,7 +320,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         held, self.pending, self.reading = self.pending, None, False
         query, waiting = held.query, replace(held, query=None)
-        if tier is not None:
+        if self.pruned:  # the heads of a row keep as many
+            assert waiting.valid is not None, "what waits to be pruned has all columns"
+            waiting = replace(waiting, valid=waiting.valid[:, 0], visual=None, place=None)
+        elif tier is not None:
             waiting = replace(waiting, tier=tier, score=None)
         elif query is not None:
             waiting = self._assigned(waiting, query, self.scale, before=0)
@@ -302,7 +349,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         step = new
         if self.pending is not None:
             step = self.pending + new
-            mask = self._beside_pending(mask, query)
+            mask = self._beside(self.pending, mask, query)
         rows = by_kv_head(query, self.num_heads)
         flat = rows.flatten(2, 3).float()
         stores = list(self.stores.values())
@@ -523,18 +570,18 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         valid = allowed[..., -steps:].diagonal(dim1=-2, dim2=-1)[:, 0].expand(query.shape[0], -1)
         return None if bool(valid.all()) else valid
 
-    def _beside_pending(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+    @staticmethod
+    def _beside(waiting: Pending, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """The step's mask with columns for the waiting tokens in front."""
-        assert self.pending is not None, "only called while tokens wait"
-        if mask is None and self.pending.valid is None:
+        if mask is None and waiting.valid is None:
             return None
         batch, _, steps, _ = query.shape
         if mask is None:
             mask = torch.ones(steps, steps, dtype=torch.bool, device=query.device).tril()[None, None]
         elif mask.dtype is not torch.bool:
             mask = mask > torch.finfo(mask.dtype).min / 2
-        past = torch.ones(batch, len(self.pending), dtype=torch.bool, device=query.device)
-        past = past if self.pending.valid is None else self.pending.valid
+        past = torch.ones(batch, len(waiting), dtype=torch.bool, device=query.device)
+        past = past if waiting.valid is None else waiting.valid
         return torch.cat([past[:, None, None].expand(-1, -1, steps, -1), mask.expand(batch, -1, -1, -1)], -1)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -557,7 +604,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         if self.padding is not None:
             yield "padding", "metadata", self.padding
         if self.pending is not None:
-            for name in ("keys", "values", "query", "visual", "valid", "tier", "score", "asked", "position"):
+            for name in ("keys", "values", "query", "visual", "valid", "tier", "score", "asked", "position", "place"):
                 tensor = getattr(self.pending, name)
                 if tensor is not None:
                     yield f"pending.{name}", "exact" if name in ("keys", "values", "query") else "metadata", tensor

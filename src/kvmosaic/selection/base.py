@@ -26,6 +26,7 @@ class Step(NamedTuple):
     place: Tensor  # [B, T] int64, among all tokens that its row has seen; -1 for padding
     visual: Tensor  # [B, T] bool
     frequencies: Tensor | None  # [R], of the rotary embedding, radians a place; None = not known
+    whole: Tensor | None = None  # [B] int64, tokens of the prompt so far, with those dropped already; None = none are
 
     @property
     def valid(self) -> Tensor:
@@ -66,6 +67,12 @@ class Selection(Protocol):
     def assign_scored(self, step: Step, score: Tensor) -> Tensor:
         """`assign` with scores [B, H, T] float32 at hand, for selections that are told them."""
         return self.assign(step)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a prompt may be pruned as it comes: what is left of earlier pieces, and the next one, are assigned as a step
+        whose rows are single heads."""
+        return False
 
     @property
     def uneven(self) -> bool:

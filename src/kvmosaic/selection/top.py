@@ -56,6 +56,10 @@ class TopTokens(Selection):
         return self.budget.protect.by_kind
 
     @property
+    def prunes(self) -> bool:
+        return not self.uneven and self.replay is None
+
+    @property
     def uneven(self) -> bool:
         return self.head_floor is not None
 
@@ -106,7 +110,8 @@ class TopTokens(Selection):
     def assign_scored(self, step: Step, score: Tensor) -> Tensor:
         """`assign` with the scores at hand; score [B, H, T] float32."""
         present = step.valid.sum(1)  # [B]
-        budget = self.budget.count(present)
+        whole = present if step.whole is None else step.whole
+        budget = self.budget.count(whole)
         asked = self.budget.protect.among(step)
         short = (asked.sum(1) > budget) & (step.place == 0).any(1)
         if bool(short.any()):
@@ -120,9 +125,7 @@ class TopTokens(Selection):
         score = score.masked_fill(protected[:, None], torch.inf)
         score = score.masked_fill(~step.valid[:, None], -torch.inf)
         must = protected.sum(1)
-        count = torch.minimum(
-            torch.maximum(self._shared(budget, present, step.layer, step.layers), must), present
-        )  # [B]
+        count = torch.minimum(torch.maximum(self._shared(budget, whole, step.layer, step.layers), must), present)  # [B]
         keep = count[:, None].expand(-1, score.shape[1])
         if self.head_floor is not None:
             keep = self._by_head(score, count, must)
