@@ -135,6 +135,13 @@ def kvpress(model: str, tasks: dict[str, Any], keeps: list[float]) -> list[dict[
     return found
 
 
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands, however they came."""
+    task, methods = row["task"].removesuffix(", asked in the context"), ["all", *OURS]
+    library, method = LIBRARIES.index(row["library"]), methods.index(row["method"])
+    return row["model"], list(TASKS).index(task), library, method, -row["keep"]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Of one task: kvpress's score and bytes, and ours beside them."""
     by = {(each["library"], each["method"], each["keep"]): each for each in rows}
@@ -191,9 +198,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     found = measure(arguments.model, arguments.tasks, arguments.keeps, arguments.libraries)
-    again = {(row["model"], row["task"], row["library"]) for row in found}
-    rows = [row for row in rows if (row["model"], row["task"], row["library"]) not in again] + found
-    rows.sort(key=lambda row: (row["model"], row["task"], LIBRARIES.index(row["library"])))
+    again = {place(row) for row in found}
+    rows = sorted([row for row in rows if place(row) not in again] + found, key=place)
     with whole_file(RESULTS) as part:
         part.write_text(json.dumps(rows, indent=1) + "\n")
     groups = dict.fromkeys((row["model"], row["task"]) for row in rows)
