@@ -47,10 +47,10 @@ OURS = {
 """kvpress's names, and what we run beside each."""
 
 TASKS = {  # label: examples, and whether each question is part of its context
-    "lines lines=40 questions=8": (6, False),
+    "lines lines=40 questions=8": (4, False),
     "lines lines=40 questions=4": (8, True),
-    "needle sentences=40 needles=8 questions=8": (6, False),
-    "text": (8, False),
+    "needle sentences=40 needles=8 questions=8": (4, False),
+    "text": (4, False),
 }
 LIBRARIES = ["kvpress", "kvmosaic"]
 CONTEXT, CONTINUATION = 768, 128  # tokens of each text
