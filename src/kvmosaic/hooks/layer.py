@@ -20,6 +20,9 @@ from kvmosaic.recipe import Recipe
 from kvmosaic.selection import DROP, WAIT, Evicting, Gathering, Step
 from kvmosaic.stores import CodedStore, EvictingStore, RaggedStore, Store, Tier
 
+QUERIES = 64
+"""While a prompt is pruned as it comes, so many of the newest tokens that are left go on to score others with the next piece."""
+
 ROLLBACK = 128
 """While past is recorded (assisted decoding), this many of the newest tokens at least can be taken back."""
 
@@ -294,8 +297,12 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         keep = (tier[:, 0] != DROP) & both.valid
         # in their order, on the right: rows that keep fewer are padded on the left, as prompts are
         stay = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -int(keep.sum(1).max()) :]
-        kept = replace(both, valid=keep, place=both.place.masked_fill(~keep, -1))
-        self.pending = kept.gather(stay).rows_as_heads(batch)
+        kept = replace(both, valid=keep, place=both.place.masked_fill(~keep, -1), query=None).gather(stay)
+        # a query is as large as a key times the heads that share it: only the newest are kept, for windows that reach back
+        first = len(both) - both.query.shape[2]
+        asks = stay[:, len(kept) - min(QUERIES, int((stay >= first).sum(1).min())) :] - first
+        query = both.query.gather(2, asks[:, None, :, None].expand(-1, both.query.shape[1], -1, both.query.shape[3]))
+        self.pending = replace(kept, query=query).rows_as_heads(batch)
         return out
 
     def _raise(self, peaks: Tensor) -> None:

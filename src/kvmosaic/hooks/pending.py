@@ -12,7 +12,8 @@ class Pending:
     """Tokens that have been attended but not stored yet, with the columns that travel with them.
 
     keys, values: [B, H, T, D].
-    query: [B, Hq, T, D], while a prompt comes in pieces and is selected from as a whole; else None.
+    query: [B, Hq, T, D], while a prompt comes in pieces and is selected from as a whole (of the newest tokens, if it is pruned as it
+        comes); else None.
     place: int64, among all tokens that its row has seen, -1 for padding, while a prompt is pruned as it comes; then it, visual and
         valid are [B, H, T], as heads keep tokens of their own.
     visual, valid: [B, T] bool, False for padding in `valid`; None = no token is visual, all are valid.

@@ -19,7 +19,7 @@ class Step(NamedTuple):
 
     layer: int
     layers: int  # how many the model has
-    query: Tensor  # [B, Hq, T, D], rotated
+    query: Tensor  # [B, Hq, n, D], rotated, of the newest n tokens: all T, unless a prompt is pruned as it comes
     keys: Tensor  # [B, H, T, D], rotated
     values: Tensor  # [B, H, T, D]
     scale: float  # of the logits
@@ -32,6 +32,12 @@ class Step(NamedTuple):
     def valid(self) -> Tensor:
         """[B, T] bool, False for padding."""
         return self.place >= 0
+
+    @property
+    def asking(self) -> Tensor:
+        """[B, T] bool: the tokens whose queries are there."""
+        tokens = self.place.shape[1]
+        return self.valid & (torch.arange(tokens, device=self.place.device) >= tokens - self.query.shape[2])
 
 
 class Selection(Protocol):

@@ -39,7 +39,7 @@ class AttentionSums:
     def score(self, step: Step) -> Tensor:
         sums = column_sums(step.query, step.keys, step.scale, step.valid)
         if self.normalize:
-            seen_by = step.valid.flip(1).cumsum(1).flip(1).clamp_min(1)
+            seen_by = step.asking.flip(1).cumsum(1).flip(1).clamp_min(1)
             sums = sums / seen_by[:, None]
         return sums
 
@@ -98,11 +98,12 @@ class ExpectedAttention:
                 "rotary_emb.inv_freq, applied to halves). Use another scorer, e.g. snapkv"
             )
         valid, place = step.valid, step.place.clamp_min(0)
-        asking = valid & ((step.place >= 4) | ~(step.place >= 4).any(1, keepdim=True))
-        weight = asking[:, None, None, :, None].float()
-        angle = place[..., None] * step.frequencies  # [B, T, R]
+        asking = step.asking & ((step.place >= 4) | ~(step.place >= 4).any(1, keepdim=True))
+        known = slice(valid.shape[1] - step.query.shape[2], None)
+        weight = asking[:, None, None, known, None].float()
+        angle = place[:, known, None] * step.frequencies  # [B, n, R]
         query = turned(step.query.float(), angle.cos()[:, None], -angle.sin()[:, None])
-        query = query.unflatten(1, (step.keys.shape[1], -1))  # [B, H, G, T, D], as before their rotation
+        query = query.unflatten(1, (step.keys.shape[1], -1))  # [B, H, G, n, D], as before their rotation
         count = weight.sum(3, keepdim=True).clamp_min(1)
         mean = (query * weight).sum(3, keepdim=True) / count
         spread = (query - mean) * weight
