@@ -158,7 +158,8 @@ def _store_bytes(shape: Shape, tier: Tier, recipe: Recipe, layer: int, tokens: i
     lanes += _lane_bytes(shape, values, shape.channels, tokens, runs, bound)
     places = 0
     if keys.pre_rope:  # with a selection, heads hold tokens of their own
-        places = -(-tokens // 32) * 32 * 4 * shape.ids * (1 if recipe.selection is None else shape.heads)
+        slots = tokens if bound is None else min(bound, tokens + 31)
+        places = -(-slots // 32) * 32 * 4 * shape.ids * (1 if recipe.selection is None else shape.heads)
     return shape.heads * (lanes + FLAG) + places
 
 
@@ -183,11 +184,8 @@ def _lane_bytes(shape: Shape, lane: Lane, stored: int, tokens: int, runs: int, m
         elif part.blocked:
             total += room(BLOCK) // BLOCK * bytes_per_block(part.width, part.bits)
         else:
-            total += (
-                -(-room(max(32, part.every)) // part.every)
-                * part.width
-                * (part.dtype.itemsize if part.dtype else shape.itemsize)
-            )
+            width = part.width * (part.dtype.itemsize if part.dtype else shape.itemsize)
+            total += -(-room(max(32, part.every)) // part.every) * width
     if lane.ring:
         waiting = min(lane.ring, tokens if most is None else most)
         total += min(lane.ring, -(-waiting // 32) * 32) * shape.channels * shape.itemsize

@@ -21,7 +21,7 @@ class RaggedStore:
 
     def __init__(self, empty: CodedStore) -> None:
         """empty: the store of all rows that this one stands for, with nothing in it."""
-        self.empty = empty
+        self.tier = empty.tier
         batch, heads = empty.length.shape
         self.rows = [[_row(empty, row, head) for head in range(heads)] for row in range(batch)]
 
@@ -31,7 +31,8 @@ class RaggedStore:
 
     def put(self, keys: Tensor, values: Tensor, keep: Tensor | None, position: Tensor | None = None) -> None:
         """As `CodedStore.put`."""
-        for x, lane in ((keys, self.empty.keys), (values, self.empty.values)):
+        some = self.rows[0][0]
+        for x, lane in ((keys, some.keys), (values, some.values)):  # before any row is written
             lane.check(x if keep is None else x.masked_fill(~keep[..., None], 0))
         for row, head, store in self._stores():
             store.put(
@@ -59,10 +60,13 @@ class RaggedStore:
 
     def padded(self) -> CodedStore:
         """The same tokens in one store, in which every row has the room of the longest; for lanes without a basis."""
-        store = copy.copy(self.empty)
+        keys, values, shape = self.rows[0][0].keys, self.rows[0][0].values, (len(self.rows), len(self.rows[0]), -1, -1)
+        store = CodedStore(
+            self.tier, keys.ring[:, :, :0].expand(shape), values.ring[:, :, :0].expand(shape), None, keys.rotary
+        )
         store.length = self.length
-        store.keys = self.empty.keys.joined([[each.keys for each in row] for row in self.rows])
-        store.values = self.empty.values.joined([[each.values for each in row] for row in self.rows])
+        store.keys.join([each.keys for _, _, each in self._stores()])
+        store.values.join([each.values for _, _, each in self._stores()])
         return store
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
@@ -70,14 +74,13 @@ class RaggedStore:
             yield from ((f"row {row} head {head}.{name}", kind, tensor) for name, kind, tensor in store.tensors())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        order = change(torch.arange(len(self.rows), device=self.empty.length.device)).tolist()
+        order = change(torch.arange(len(self.rows), device=self.rows[0][0].length.device)).tolist()
         # a row that is taken twice becomes two
         first = [row not in order[:at] for at, row in enumerate(order)]
         self.rows = [
             self.rows[row] if moves else [_copied(each) for each in self.rows[row]]
             for row, moves in zip(order, first, strict=True)
         ]
-        self.empty.map(change)
 
     def _stores(self) -> Iterator[tuple[int, int, CodedStore]]:
         for row, heads in enumerate(self.rows):
@@ -95,11 +98,9 @@ def _row(empty: CodedStore, row: int, head: int) -> CodedStore:
     def own(lane: Lane) -> Lane:
         return replace(lane, codec=lane.codec.of_head(head))
 
-    keys, values = empty.keys, empty.values
+    keys, values = empty.keys, empty.values  # whose codecs are on the device: what they learned is shared
     basis = None if keys.basis is None else keys.basis.map(lambda x: _one(x, row, head))
-    tier = replace(
-        empty.tier, keys=own(keys.lane), values=own(values.lane)
-    )  # on their device, what they learned shared
+    tier = replace(empty.tier, keys=own(keys.lane), values=own(values.lane))
     return CodedStore(tier, _one(keys.ring, row, head), _one(values.ring, row, head), basis, keys.rotary)
 
 
