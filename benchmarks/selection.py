@@ -157,6 +157,14 @@ they say for each claim is in [log.md](log.md).
 """
 
 
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As the suite has them, whenever they were measured; without those that it no longer has."""
+    suite = [(model, task, method) for model, tasks, methods in SUITE for task in tasks for method in methods]
+    places = {key: place for place, key in enumerate(suite)}
+    found = [(places.get((row["model"], row["task"], row["method"])), row) for row in rows]
+    return [row for _, row in sorted(((at, row) for at, row in found if at is not None), key=lambda each: each[0])]
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     parts = [HEAD]
     for model, task in dict.fromkeys((row["model"], row["task"]) for row in rows):
@@ -182,8 +190,9 @@ def main() -> None:
         opened = open_quietly(name)
         make_profile(opened)
         measure(opened, tasks, recipes, results, RESULTS)
-    PAGE.write_text(page(results["rows"]))
-    draw(results["rows"], PICTURE)
+    rows = in_order(results["rows"])
+    PAGE.write_text(page(rows))
+    draw(rows, PICTURE)
 
 
 if __name__ == "__main__":
