@@ -61,6 +61,17 @@ def test_a_batch_of_two_is_two_single_steps(text):
     assert torch.equal(both[1:], assigned(selection, row(at, 1)))
 
 
+@every_selection
+def test_where_a_prompt_may_be_pruned_as_it_comes_a_head_is_assigned_as_a_row(text):
+    selection, at = methods.parse(text).selection, step(150, batch=2, pad=11)
+    if not selection.prunes:
+        pytest.skip("it may not")
+    states = {name: getattr(at, name).unflatten(1, (2, -1)).flatten(0, 1) for name in ("query", "keys", "values")}
+    columns = {name: getattr(at, name).repeat_interleave(2, 0) for name in ("place", "visual")}
+    rows = selection.assign(at._replace(**states, **columns))
+    assert torch.equal(rows.view(2, 2, 150), selection.assign(at))
+
+
 @pytest.mark.parametrize("name", BUDGETED)
 def test_of_equal_scores_the_older_token_stays(name):
     selection, at = methods.get(name)(tokens=60).selection, step(150)
