@@ -112,6 +112,18 @@ static inline bool any(bool x) {
   });
   return fibers::warps[fibers::current / 32].results[fibers::current % 32][0];
 }
+static inline void copy_async(void* to, const void* from) {
+  if ((uintptr_t)to % 16 || (uintptr_t)from % 16) abort();
+  memcpy(to, from, 16);
+}
+static inline void warp_barrier() { any(false); }
+static inline void wait_async() { warp_barrier(); }
+static inline u32 arrive_of_two(u32* count) {
+  const u32 before = *count;
+  *count = !before;
+  return before;
+}
+static inline void fetch(const void*) {}
 static inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
   const uint64_t both = (uint64_t)b << 32 | a;
   u32 y = 0;

@@ -91,6 +91,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
         self._context = models.context(model.config)
         self.head_size = models.head_size(model.config)
         self.pinned = False  # steps are kernels only (`decoding/captured.py`)
+        self._refused = False  # a GPU has told too late that something cannot be encoded
         self._running: dict[str, int] = {}  # during a forward pass: its thread, and how many hooked modules it is in
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -122,6 +123,10 @@ class Cache(TransformersCache):  # type: ignore[misc]
         self._running["depth"] = self._running.get("depth", 0) + 1
         if fingerprint != self.fingerprint:
             raise CacheMismatch(f"this cache was made for {self.fingerprint}, and is used with {fingerprint}")
+        if self._refused:
+            raise CacheMismatch(
+                "an earlier forward pass held numbers that cannot be encoded. Call cache.reset() and start again"
+            )
         counts = {layer.seen: layer.index for layer in self.layers if isinstance(layer, CacheLayer)}
         if len(counts) > 1:
             told = " and ".join(f"layer {index} {seen}" for seen, index in counts.items())
@@ -171,6 +176,17 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 self._running.clear()
                 if not self._in_pieces and not failed and not self._recording:
                     self.settle()
+                if not failed:
+                    self._verify()
+
+    def _verify(self) -> None:
+        """Raises NotFinite if what came in this forward pass cannot be encoded: a GPU is waited for once, not in each layer."""
+        layers = [layer for layer in self.layers if isinstance(layer, CacheLayer)]
+        unverified = [each for layer in layers for store in layer.stores.values() for _, each in store.unverified]
+        if unverified:
+            self._refused = not bool(torch.stack([each.to(unverified[0].device) for each in unverified]).all())
+            for layer in layers:
+                layer.verify(fine=not self._refused)
 
     def _note(self, ids: Tensor | None) -> None:
         """Remember the ids of a prompt that will be fed again."""
@@ -223,7 +239,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
         self._prompt, self._recording = [], False
         self.layers = self._empty_layers()  # transformers 5.17 only zeroes its own layers' numbers
         self._running.clear()
-        self.pinned = False
+        self.pinned = self._refused = False
 
     def why_not_pinned(self, dtype: torch.dtype, device: torch.device) -> str | None:
         """Why decode steps over this cache cannot be kernels only; None if they can."""

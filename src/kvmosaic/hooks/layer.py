@@ -543,6 +543,12 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.stores["tier 0"] = store
         store.evict(selection.rank)
 
+    def verify(self, fine: bool) -> None:
+        """As `CodedStore.verify`, for all stores."""
+        with self._naming_the_layer():
+            for store in self.stores.values():
+                store.verify(fine)
+
     @contextmanager
     def _naming_the_layer(self) -> Iterator[None]:
         try:

@@ -32,7 +32,10 @@ NUMBERS = {torch.bfloat16: 0, torch.float16: 1}
 MOST_CHANNELS = 256
 FITS = ("", "norm", "matched", "unbiased", "least")
 
-_pointer, _int, _int64, _float = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+MOST_STORES = 4
+INCLUDED = ("warp.cuh", "attention/combine.cuh")
+
+_pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
 
 class Lane(ctypes.Structure):
@@ -56,6 +59,17 @@ class Fresh(ctypes.Structure):
 
     _fields_ = [("keys", _pointer), ("values", _pointer), ("key_strides", _int64 * 3), ("value_strides", _int64 * 3),
                 ("count", _int)]  # fmt: skip
+
+
+class Joined(ctypes.Structure):
+    """`struct Joined` of attention/combine.cuh. held: its tensors, which must outlive the launch that joins them."""
+
+    held: tuple[Tensor, ...] = ()
+    _fields_ = [
+        *((name, _pointer) for name in ("out", "most", "sum", "rows", "lse", "numbers")),
+        ("unrotate", _pointer * MOST_STORES), ("first", _int * (MOST_STORES + 1)), ("tails", _int * MOST_STORES),
+        *((name, _int) for name in ("stores", "count")),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +231,7 @@ def _compiled(file: str, macros: tuple[tuple[str, str], ...], arch: str) -> byte
     from cuda.core import Program, ProgramOptions, __version__
 
     source = (FOLDER / file).read_text()
-    told = repr((source, (FOLDER / "warp.cuh").read_text(), macros, arch, __version__))
+    told = repr((source, [(FOLDER / each).read_text() for each in INCLUDED], macros, arch, __version__))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvmosaic"
     kept = folder / f"{hashlib.sha256(told.encode()).hexdigest()}.cubin"
     if kept.exists():

@@ -28,6 +28,7 @@ class Step:
 
     def __init__(self, stores: Sequence[CodedStore], live: Tensor) -> None:
         self.stores, self.live = list(stores), live
+        self.arrived = torch.zeros_like(self.stores[0].length, dtype=torch.int32)
         # the lowest that is free: a compiled model holds numbers, and the next cache shall not be compiled anew
         self.number = next(number for number in itertools.count() if number not in _steps)
 
@@ -62,8 +63,8 @@ def why_not(
         return reason
     if dtype not in gpu.NUMBERS:
         return f"the model's numbers are {dtype}; served are bfloat16 and float16"
-    if len(stores) > cuda.MOST_STORES:
-        return f"{len(stores)} stores in a layer, at most {cuda.MOST_STORES} are served"
+    if len(stores) > gpu.MOST_STORES:
+        return f"{len(stores)} stores in a layer, at most {gpu.MOST_STORES} are served"
     for (keys, values), affine in stores:
         if reason := cuda.why_not(keys, values, channels, affine is not None):
             return reason
@@ -78,8 +79,8 @@ def _run(query: Tensor, keys: Tensor, values: Tensor, number: int, scale: float,
     out = query.new_empty(batch, 1, heads, channels)
     sources = [cuda.Source(store.keys, store.values, store.length, store.tier.affine) for store in step.stores]
     first = sources[0]
-    cuda.attend_all(sources, query, scale, softcap, (keys, values), out, (first.length, step.live))
-    encode.append(first.keys, first.values, first.length, step.live, (keys, values))
+    joined = cuda.parts(sources, query, scale, softcap, (keys, values), out)
+    encode.append(first.keys, first.values, first.length, step.arrived, step.live, (keys, values), joined)
     return out
 
 

@@ -86,6 +86,18 @@ DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 DEVICE bool any(bool x) { return __any_sync(~0u, x); }
 DEVICE void barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
+// how many came before this one, 0 or 1; the second begins anew
+DEVICE u32 arrive_of_two(u32* count) { return atomicInc(count, 1u); }
+// 16 bytes on their way to shared memory; `wait_async`: all of this warp's have come, for each of its lanes
+DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(global) : "memory");
+}
+DEVICE void wait_async() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
+DEVICE void fetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 #endif
 
 constexpr int BLOCK = 128;  // tokens in a block of codes (layout.py)
@@ -125,20 +137,22 @@ struct Fresh {           // tokens of the step itself, [batch][heads][count][cha
 
 constexpr bool HADAMARD = HEAD >= 32 && (HEAD & (HEAD - 1)) == 0;  // rotations of these sizes are signed Hadamard matrices
 
-// of a warp: x @ H, where a lane holds channels lane, lane + 32, ... and H has entries 1 and -1 (not normalized)
-DEVICE void hadamard(float (&x)[padded(HEAD) / 32]) {
+// of a warp: x @ H for the channels that its lanes hold, N each (in any order that gives each bit of a channel's number to a bit of
+// the lane's or the register's); H has entries 1 and -1 (not normalized)
+template <int N>
+DEVICE void hadamard(float (&x)[N]) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
-  for (int far = 1; far < 32; far *= 2)
+  for (int far = 1; far < HEAD / N; far *= 2)
 #pragma unroll
-    for (int k = 0; k < padded(HEAD) / 32; k++) {
+    for (int k = 0; k < N; k++) {
       const float other = shuffle_xor(x[k], far);
       x[k] = lane & far ? other - x[k] : x[k] + other;
     }
 #pragma unroll
-  for (int far = 1; far < padded(HEAD) / 32; far *= 2)
+  for (int far = 1; far < N; far *= 2)
 #pragma unroll
-    for (int k = 0; k < padded(HEAD) / 32; k++)
+    for (int k = 0; k < N; k++)
       if (!(k & far)) {
         const float a = x[k], b = x[k + far];
         x[k] = a + b, x[k + far] = a - b;

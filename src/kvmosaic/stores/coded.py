@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from kvmosaic.codecs import Exact
-from kvmosaic.errors import BadCalibration
+from kvmosaic.errors import BadCalibration, NotFinite
 from kvmosaic.kernels import attention
 from kvmosaic.kernels.attention import Affine, Partial
 from kvmosaic.projection import Basis
-from kvmosaic.stores.lane import Lane, LaneBytes
+from kvmosaic.stores.lane import LARGEST, Even, Lane, LaneBytes
 
 if TYPE_CHECKING:
     from kvmosaic.hooks.rotary import Rotary
@@ -29,6 +29,11 @@ class Store(Protocol):
     def attend(
         self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None
     ) -> Partial: ...
+
+    @property
+    def unverified(self) -> list[tuple[str, Tensor]]: ...
+
+    def verify(self, fine: bool = False) -> None: ...
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]: ...
 
@@ -143,13 +148,18 @@ class CodedStore:
         self.keys = LaneBytes(tier.keys, "keys", keys, basis, rotary)
         self.values = LaneBytes(tier.values, "values", values)
         self.length = torch.zeros(keys.shape[:2], dtype=torch.int64, device=keys.device)
+        self._even = Even(self.length, 0)
+        self.unverified: list[
+            tuple[str, Tensor]
+        ] = []  # role and [] bool, on a device that has not been asked yet: is it finite
 
     def put(self, keys: Tensor, values: Tensor, keep: Tensor | None, position: Tensor | None = None) -> None:
         """Append tokens. keys, values [B, H, T, D]; keep [B, H, T] bool, None = all; position [B, T, ids] if keys are to be
         encoded without.
 
-        Raises NotFinite before anything is written.
+        Raises NotFinite before anything is written; on a GPU, which would have to be waited for, `verify` does later.
         """
+        self.verify()  # nobody may have asked since
         count, place = None, None if position is None else position[:, None]
         if keep is not None:
             count = keep.sum(2)
@@ -164,11 +174,31 @@ class CodedStore:
                 heads = 1 if bool((keep == keep[:, :1]).all()) else keep.shape[1]
                 order = order[:, :heads].expand(-1, -1, -1, place.shape[3])
                 place = place.expand(-1, heads, -1, -1).gather(2, order)
-        self.keys.check(keys)
-        self.values.check(values)
-        self.keys.put(keys, count, self.length, place)
-        self.values.put(values, count, self.length)
+        self.examine(keys, values)
+        even = None if count is not None else self._even.of(self.length)
+        self.keys.put(keys, count, self.length, place, even)
+        self.values.put(values, count, self.length, None, even)
         self.length = self.length + (keys.shape[2] if count is None else count)
+        if even is not None:
+            self._even = Even(self.length, even + keys.shape[2])
+
+    def examine(self, keys: Tensor, values: Tensor) -> None:
+        """Raises NotFinite if these cannot be encoded; on a GPU `verify` does."""
+        for lane, x in ((self.keys, keys), (self.values, values)):
+            if (finite := lane.finite(x)) is not None:
+                self.unverified.append((lane.role, finite))
+        if keys.device.type == "cpu":
+            self.verify()
+
+    def verify(self, fine: bool = False) -> None:
+        """Raises NotFinite if what has been put since the last time cannot be encoded. fine: somebody has looked, and it can."""
+        unverified, self.unverified = self.unverified, []
+        for role, finite in unverified:
+            if not fine and not bool(finite):
+                raise NotFinite(
+                    f"the {role} to encode hold NaN, infinity or numbers beyond {LARGEST:.0f} (half of float16). Check the model's "
+                    "weights and dtype, or keep this layer exact"
+                )
 
     def shorten(self, length: Tensor) -> None:
         """Forget the slots from `length` [B, H] on; only where both lanes encode every token at once."""

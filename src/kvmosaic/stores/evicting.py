@@ -93,6 +93,13 @@ class EvictingStore:
             column.scatter_(2, target, column.gather(2, source))
         self.store.shorten(left)
 
+    @property
+    def unverified(self) -> list[tuple[str, Tensor]]:
+        return self.store.unverified
+
+    def verify(self, fine: bool = False) -> None:
+        self.store.verify(fine)
+
     def tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         yield from self.store.tensors()
         yield "position", "metadata", self.position

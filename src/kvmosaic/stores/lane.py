@@ -8,6 +8,7 @@ encodes its keys 128 tokens at a time and its values one by one.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,7 +17,6 @@ import torch
 from torch import Tensor
 
 from kvmosaic.codecs import Codec, Packed
-from kvmosaic.errors import NotFinite
 from kvmosaic.kernels import encode
 from kvmosaic.kernels.layout import BLOCK, Role, bytes_per_block, layout_of, pack, unpack
 from kvmosaic.projection import Basis
@@ -61,6 +61,21 @@ class Lane:
         return not self.ring and all(part.every == 1 for part in self.codec.parts(channels).values())
 
 
+class Even:
+    """The one number that all rows of a tensor of counts have, as the host knows it without waiting for a device; of any
+    other tensor, or of this one once it has been written to, it knows nothing."""
+
+    def __init__(self, counts: Tensor, number: int) -> None:
+        self.counts, self.number, self.version = weakref.ref(counts), number, self._version(counts)
+
+    def of(self, counts: Tensor) -> int | None:
+        return self.number if counts is self.counts() and self._version(counts) == self.version else None
+
+    @staticmethod
+    def _version(counts: Tensor) -> int:
+        return 0 if counts.is_inference() else counts._version
+
+
 class LaneBytes:
     """The tensors of one lane. Rows are [B, H]; buffers grow by whole blocks and are zero where nothing was written.
 
@@ -91,6 +106,7 @@ class LaneBytes:
             self.buffers[name] = like.new_zeros(batch, heads, 0, width, dtype=dtype)
         self.ring = like.new_zeros(batch, heads, 0, self.channels)
         self.coded = torch.zeros(batch, heads, dtype=torch.int64, device=like.device)
+        self._even = Even(self.coded, 0)
         self.starts = self.coded.new_zeros(batch, heads, 0)
         assert rotary is not None or not lane.pre_rope, (
             "the cache of a recipe with pre-RoPE keys has its model's rotation"
@@ -100,40 +116,52 @@ class LaneBytes:
         self.position = torch.zeros(batch, 1, 0, ids, dtype=torch.int32, device=like.device)
         self.free = 0  # tokens that can come before any row has some to encode
 
-    def check(self, x: Tensor) -> None:
-        """Raises NotFinite if x is to be encoded and no float16 range can be fitted to it; asked before either lane is written."""
+    def finite(self, x: Tensor) -> Tensor | None:
+        """[] bool, whether float16 ranges can be fitted to x; None if nothing is to be encoded."""
         coded = any(part.kind != "exact" for part in self.parts.values())
-        if coded and x.numel() and not bool(x.abs().amax() <= LARGEST):  # false for NaN, too
-            raise NotFinite(
-                f"the {self.role} to encode hold NaN, infinity or numbers beyond {LARGEST:.0f} (half of float16). Check the model's "
-                "weights and dtype, or keep this layer exact"
-            )
+        return torch.linalg.vector_norm(x, torch.inf) <= LARGEST if coded and x.numel() else None  # false for NaN, too
 
-    def put(self, x: Tensor, count: Tensor | None, length: Tensor, position: Tensor | None = None) -> None:
+    def put(
+        self, x: Tensor, count: Tensor | None, length: Tensor, position: Tensor | None = None, even: int | None = None
+    ) -> None:
         """Take the tokens that follow slot `length`: x [B, H, T, D], of which each row has its first `count` [B, H]
-        (None = all). position: [B, 1 or H, T, ids], for keys that are encoded without."""
+        (None = all). position: [B, 1 or H, T, ids], for keys that are encoded without. even: the length of every row, if the
+        host knows that it is one."""
         tokens = x.shape[2]
         if self.rotary is not None:
             assert position is not None, "pre-RoPE keys come with their positions"
             self._place(position, count, length)
         if tokens > self.free:
-            coming = tokens if count is None else count
-            held = length - self.coded
-            ready = (held + coming - self.lane.window).clamp_min(0) // self.lane.flush * self.lane.flush
-            most = int(ready.max())
-            if most:
-                self._write(self._oldest(x, held, most), ready)
-            self.free = self.lane.ring - int((length + coming - self.coded).max()) + tokens
+            before = None if count is not None or even is None else self._even.of(self.coded)
+            if before is not None and even is not None:
+                ready = max(0, even - before + tokens - self.lane.window) // self.lane.flush * self.lane.flush
+                if ready:
+                    self._write(self._oldest_of_all(x, before, even - before, ready), None, before + ready)
+                    self._even = Even(self.coded, before + ready)
+                self.free = self.lane.ring - (even + tokens - before - ready) + tokens
+            else:
+                self._put_unevenly(x, tokens if count is None else count, length)
         self.free -= tokens
         if self.lane.ring:
-            self._keep(x, count, length)
+            self._keep(x, count, length, even)
 
-    def _keep(self, x: Tensor, count: Tensor | None, length: Tensor) -> None:
+    def _put_unevenly(self, x: Tensor, coming: Tensor | int, length: Tensor) -> None:
+        held = length - self.coded
+        ready = (held + coming - self.lane.window).clamp_min(0) // self.lane.flush * self.lane.flush
+        most = int(ready.max())
+        if most:
+            self._write(self._oldest(x, held, most), ready, int((self.coded + ready).max()))
+        self.free = self.lane.ring - int((length + coming - self.coded).max()) + x.shape[2]
+
+    def _keep(self, x: Tensor, count: Tensor | None, length: Tensor, even: int | None) -> None:
         """Put what is not encoded into the ring: the newest tokens, a ring's worth of slots at most."""
         tokens = x.shape[2]
         if self.ring.shape[2] < self.lane.ring:
-            longest = length.max() + tokens if count is None else (length + count).max()
-            self._reserve_ring(min(self.lane.ring, int(longest)))
+            if count is None:
+                longest = (int(length.max()) if even is None else even) + tokens
+            else:
+                longest = int((length + count).max())
+            self._reserve_ring(min(self.lane.ring, longest))
         first = 0 if count is not None else max(0, tokens - self.lane.ring)
         slot = length[..., None]
         if tokens > 1:  # a decode step has one, and many layers
@@ -274,9 +302,17 @@ class LaneBytes:
         index = index.clamp_max(both.shape[2] - 1)  # past a short row's tokens: anything, `count` leaves it out
         return both.gather(2, index[..., None].expand(-1, -1, -1, self.channels))
 
-    def _write(self, x: Tensor, count: Tensor) -> None:
-        """Encode x [B, H, T, D] into the slots after `coded`; each row has its first `count` tokens."""
-        last = int((self.coded + count).max())
+    def _oldest_of_all(self, x: Tensor, coded: int, held: int, most: int) -> Tensor:
+        """As `_oldest`, where every row has `coded` tokens encoded and `held` in the ring."""
+        if not held:
+            return x[:, :, :most]
+        slot = torch.arange(coded, coded + min(held, most), device=x.device) % self.lane.ring
+        ring = self.ring.index_select(2, slot)
+        return ring if most <= held else torch.cat([ring, x[:, :, : most - held]], 2)
+
+    def _write(self, x: Tensor, count: Tensor | None, last: int) -> None:
+        """Encode x [B, H, T, D] into the slots after `coded`; each row has its first `count` tokens (None = all), and none
+        of them comes to lie at slot `last` or beyond."""
         self._reserve(last)
         if self.rotary is not None:
             slot = self.coded[:, : self.position.shape[1], None] + torch.arange(x.shape[2], device=x.device)
@@ -289,14 +325,14 @@ class LaneBytes:
             self._write_by_codec(x, count, last)
         if self.by_run:
             self.starts = torch.cat([self.starts, self.coded[..., None]], 2)
-        self.coded = self.coded + count
+        self.coded = self.coded + (x.shape[2] if count is None else count)
 
-    def _write_by_codec(self, x: Tensor, count: Tensor, last: int) -> None:
+    def _write_by_codec(self, x: Tensor, count: Tensor | None, last: int) -> None:
         """What `_write` does where no kernel does it; no slot in question is beyond `last`."""
-        first, tokens = int(self.coded.min()), x.shape[2]
-        even = bool((count == tokens).all())
+        even, tokens = self._even.of(self.coded), x.shape[2]
+        first = int(self.coded.min()) if even is None else even
         order = torch.arange(tokens, device=x.device)
-        valid = None if even else order < count[..., None]
+        valid = None if count is None or bool((count == tokens).all()) else order < count[..., None]
         packed = self.lane.codec.encode(x, valid)
         slot = self.coded[..., None] + order  # [B, H, T]
         for name, part in self.parts.items():

@@ -31,9 +31,8 @@ class RaggedStore:
 
     def put(self, keys: Tensor, values: Tensor, keep: Tensor | None, position: Tensor | None = None) -> None:
         """As `CodedStore.put`."""
-        some = self.rows[0][0]
-        for x, lane in ((keys, some.keys), (values, some.values)):  # before any row is written
-            lane.check(x if keep is None else x.masked_fill(~keep[..., None], 0))
+        if keys.device.type == "cpu":  # before any row is written
+            self.rows[0][0].examine(*(x if keep is None else x.where(keep[..., None], 0) for x in (keys, values)))
         for row, head, store in self._stores():
             store.put(
                 _one(keys, row, head),
@@ -57,6 +56,14 @@ class RaggedStore:
         ]
         out, lse = (torch.cat(each).view(*query.shape[:2], *each[0].shape[2:]) for each in zip(*parts, strict=True))
         return attention.Partial(out, lse)
+
+    @property
+    def unverified(self) -> list[tuple[str, Tensor]]:
+        return [each for _, _, store in self._stores() for each in store.unverified]
+
+    def verify(self, fine: bool = False) -> None:
+        for _, _, store in self._stores():
+            store.verify(fine)
 
     def padded(self) -> CodedStore:
         """The same tokens in one store, in which every row has the room of the longest; for lanes without a basis."""

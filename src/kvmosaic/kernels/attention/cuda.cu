@@ -30,6 +30,12 @@ constexpr bool BY_RUN = (KEY_FORM == CHANNEL && KEY_GROUP == 0) || KEY_FACTOR ||
 constexpr bool SCALED = VALUE_FORM == CHANNEL || VALUE_FACTOR;  // output channels have factors of their own
 constexpr bool WIDE = !CODED && HEAD % 64 == 0;         // a lane's output channels are neighbours: loads of 16 bytes
 constexpr int UNIT = GROUPED ? BLOCK / NT : 1;  // chunks in a row for one warp, which then scales the query once a group
+// ranges of keys that a chunk meets; numbers of its ranges, brought to shared memory while the chunk before is worked on
+constexpr int ENTRIES = KEY_ENTRY % NT == 0 ? 1 : NT % KEY_ENTRY == 0 ? NT / KEY_ENTRY : (NT - 1) / KEY_ENTRY + 2;
+constexpr int KEY_STAGE = GROUPED ? ENTRIES * HEAD : KEY_FORM == TOKEN ? NT : 0;  // scales; lows are as many
+constexpr int VALUE_STAGE = VALUE_FORM == TOKEN ? NT * VALUE_GROUPS : 0;
+constexpr int STAGE = KEY_STAGE * (1 + KEY_LOW) + VALUE_STAGE * (1 + VALUE_LOW);
+constexpr bool STAGED = CODED && STAGE > 0 && STAGE <= 2048;  // more would not leave room for two a warp: read where they are
 constexpr int QS = DP + 16;                     // a query row in shared memory, apart by half of the banks
 constexpr float MOST = 32512.f;                 // 127 * 256: the largest that two signed bytes hold, and even
 
@@ -88,6 +94,11 @@ constexpr u32 FIXED_ZERO = 0x4b400080u;
 // where output [x][half] of a lane lies among the channels
 DEVICE int output_channel(int x, int r, int half) { return (WIDE ? r * (HEAD / 8) + 2 * x : 16 * x + 2 * r) + half; }
 
+// the ranges of a chunk: of its keys from the one that its first token has, of its values from its first token's on
+struct Ranges {
+  const u16 *key_scale, *key_low, *value_scale, *value_low;
+};
+
 struct Warp {
   int lane, r, j;
   const float* query;  // shared, [ROWS][QS]
@@ -97,9 +108,13 @@ struct Warp {
   float below[TILES][VALUE_GROUPS];  // what the zero points of values multiply, this lane's tokens
   float factor[GROUPS16][2];         // of output channels
   int entry, run;
+  u16* stages;         // shared, [2][STAGE]: of the chunk that is worked on and of the next
+  int staged, coming;  // the last range of keys that was brought; which stage is filled
+  Ranges ranges;
 
-  DEVICE_MEMBER void begin(const float* shared) {
-    lane = threadIdx.x & 31, r = lane >> 2, j = lane & 3, query = shared, entry = run = -1;
+  DEVICE_MEMBER void begin(const float* shared, u16* stage) {
+    lane = threadIdx.x & 31, r = lane >> 2, j = lane & 3, query = shared, entry = run = staged = -1;
+    stages = stage, coming = 0;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
       most[t] = LEAST, sum[t] = 0.f;
@@ -161,6 +176,56 @@ struct Warp {
     entry = e;
     const i64 at = row * keys.entry_stride + (i64)e * HEAD;
     slice(keys.scale + at, keys.low + at);
+  }
+
+  static DEVICE_MEMBER Ranges stored_ranges(const Store& store, i64 row, int t0) {
+    const Lane &keys = store.keys, &values = store.values;
+    const i64 key = row * keys.entry_stride + (GROUPED ? (i64)(t0 / KEY_ENTRY) * HEAD : t0);
+    const i64 value = row * values.entry_stride + (i64)t0 * VALUE_GROUPS;
+    return Ranges{keys.scale + key, keys.low + key, values.scale + value, values.low + value};
+  }
+
+  template <int MOST_NUMBERS>
+  DEVICE_MEMBER void bring(u16* to, const u16* from, int count) const {
+#pragma unroll
+    for (int x = 0; x < MOST_NUMBERS; x += 256)
+      if (x + 8 * lane < count) copy_async(to + x + 8 * lane, from + x + 8 * lane);
+  }
+
+  // the ranges of the chunk at t0, of a row of `limit` coded tokens, on their way to shared memory
+  DEVICE_MEMBER void stage(const Store& store, i64 row, int t0, int limit) {
+    if constexpr (STAGED) {
+      coming ^= 1;
+      u16* to = stages + coming * STAGE;
+      const Ranges from = stored_ranges(store, row, t0);
+      const int tokens = limit - t0 < NT ? limit - t0 : NT, first = t0 / KEY_ENTRY;
+      if (GROUPED && (ENTRIES > 1 || first != staged)) {
+        const int entries = (limit - 1) / KEY_ENTRY + 1 - first, count = (entries < ENTRIES ? entries : ENTRIES) * HEAD;
+        bring<KEY_STAGE>(to, from.key_scale, count), bring<KEY_STAGE>(to + KEY_STAGE, from.key_low, count);
+        staged = first;
+      }
+      if (KEY_FORM == TOKEN) {
+        bring<KEY_STAGE>(to, from.key_scale, tokens);
+        if (KEY_LOW) bring<KEY_STAGE>(to + KEY_STAGE, from.key_low, tokens);
+      }
+      if (VALUE_FORM == TOKEN) {
+        u16* values = to + KEY_STAGE * (1 + KEY_LOW);
+        bring<VALUE_STAGE>(values, from.value_scale, tokens * VALUE_GROUPS);
+        if (VALUE_LOW) bring<VALUE_STAGE>(values + VALUE_STAGE, from.value_low, tokens * VALUE_GROUPS);
+      }
+    }
+  }
+
+  // before a chunk is worked on: its ranges are there
+  DEVICE_MEMBER void take(const Store& store, i64 row, int t0) {
+    if constexpr (STAGED) {
+      wait_async();
+      const u16* here = stages + coming * STAGE;
+      const u16* values = here + KEY_STAGE * (1 + KEY_LOW);
+      ranges = Ranges{here, here + KEY_STAGE, values, values + VALUE_STAGE};
+    } else {
+      ranges = stored_ranges(store, row, t0);
+    }
   }
 
   // the parameters that change from run to run
@@ -236,21 +301,20 @@ struct Warp {
   DEVICE_MEMBER float capped(float x, float softcap) const { return SOFTCAP ? softcap * tanhf(x / softcap) : x; }
 
   // logits of NT coded tokens from t0 on: [2 i + half] is token 16 i + r + 8 half, of head j
-  DEVICE_MEMBER void logits(const Work& w, i64 row, const Words (&k)[KEY_LOADS], int t0, float (&s)[TILES][NT / 8]) {
-    const Lane& keys = w.store.keys;
+  DEVICE_MEMBER void logits(const Work& w, const Words (&k)[KEY_LOADS], int t0, float (&s)[TILES][NT / 8]) {
     float scales[NT / 8], lows[NT / 8];
     if constexpr (KEY_FORM == TOKEN) {
 #pragma unroll
       for (int x = 0; x < NT / 8; x++) {
-        const i64 at = row * keys.entry_stride + t0 + 8 * x + r;
-        scales[x] = KEY_STEP * half_to_float(keys.scale[at]);
-        lows[x] = KEY_LOW ? half_to_float(keys.low[at]) : -KEY_ZERO * scales[x];
+        scales[x] = KEY_STEP * half_to_float(ranges.key_scale[8 * x + r]);
+        lows[x] = KEY_LOW ? half_to_float(ranges.key_low[8 * x + r]) : -KEY_ZERO * scales[x];
       }
     }
 #pragma unroll
     for (int i = 0; i < NT / 16; i++) {
       if constexpr (GROUPED) {
-        if (i % 2 == 0 && (t0 + 16 * i) / KEY_ENTRY != entry) slice_entry(keys, row, (t0 + 16 * i) / KEY_ENTRY);
+        const int here = (t0 + 16 * i) / KEY_ENTRY, at = (here - t0 / KEY_ENTRY) * HEAD;
+        if (i % 2 == 0 && here != entry) entry = here, slice(ranges.key_scale + at, ranges.key_low + at);
       }
       int c[TILES][4] = {};
       const int plane = i % KEY_PLANES;
@@ -303,15 +367,13 @@ struct Warp {
 
   // the weighted sum of NT coded values; s holds probabilities
   template <bool MASKED>
-  DEVICE_MEMBER void mix(const Store& store, i64 row, const Words (&v)[VALUE_LOADS], int t0, float (&s)[TILES][NT / 8],
-                         const float (&weight)[TILES]) {
-    const Lane& values = store.values;
+  DEVICE_MEMBER void mix(const Words (&v)[VALUE_LOADS], float (&s)[TILES][NT / 8], const float (&weight)[TILES]) {
     constexpr int per = GROUPS16 / VALUE_GROUPS;
     // a byte may hold codes of two chunks of 32 tokens, which then come out multiplied by other powers of two
     constexpr bool apart = GROUPS16 % VALUE_PLANES != 0;
 #pragma unroll
     for (int g = 0; g < VALUE_GROUPS; g++) {
-      u32 u[TILES][NT / 8];
+      u32 b[TILES][NT / 32][2];
       float back[TILES];  // from integers to numbers
 #pragma unroll
       for (int t = 0; t < TILES; t++) {
@@ -320,10 +382,10 @@ struct Warp {
           largest = 0.f;
 #pragma unroll
           for (int x = 0; x < NT / 8; x++) {
-            const i64 at = row * values.entry_stride + (i64)(t0 + 8 * x + r) * VALUE_GROUPS + g;
+            const int at = (8 * x + r) * VALUE_GROUPS + g;
             const bool real = !MASKED || s[t][x] != 0.f;
-            p[x] = real ? s[t][x] * half_to_float(values.scale[at]) : 0.f;
-            if (VALUE_LOW && real) low += s[t][x] * half_to_float(values.low[at]);
+            p[x] = real ? s[t][x] * half_to_float(ranges.value_scale[at]) : 0.f;
+            if (VALUE_LOW && real) low += s[t][x] * half_to_float(ranges.value_low[at]);
             largest = fmaxf(largest, p[x]);
           }
           largest = fmaxf(largest, shuffle_xor(largest, 4));
@@ -334,9 +396,20 @@ struct Warp {
         back[t] = weight[t] * largest * (1.f / MOST);
         u32 total = 0;
 #pragma unroll
-        for (int x = 0; x < NT / 8; x++) {
-          u[t][x] = fixed_point((VALUE_FORM == TOKEN ? p[x] : s[t][x]) * inverse);
-          total += u[t][x] - FIXED_ZERO;
+        for (int i = 0; i < NT / 32; i++) {
+          u32 four[4];
+#pragma unroll
+          for (int x = 0; x < 4; x++) {
+            four[x] = fixed_point((VALUE_FORM == TOKEN ? p[4 * i + x] : s[t][4 * i + x]) * inverse);
+            total += four[x] - FIXED_ZERO;
+          }
+          const u32 high = high_bytes(four), low_byte = low_bytes(four);
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const int from = (j + 4 * h) * 4 + (lane >> 3);
+            const u32 x = shuffle(high, from), y = shuffle(low_byte, from);
+            b[t][i][h] = (lane >> 2) & 1 ? y : x;
+          }
         }
         if (VALUE_FORM == TOKEN && VALUE_LOW) {
           below[t][g] += low * weight[t];
@@ -345,43 +418,24 @@ struct Warp {
           below[t][g] += (float)(int)total * back[t];
         }
       }
-      int acc[TILES][per][4] = {};
 #pragma unroll
-      for (int i = 0; i < NT / 32; i++) {
-        u32 b[TILES][2];
+      for (int x = g * per; x < (g + 1) * per; x++) {
+        int c[TILES][4] = {};
 #pragma unroll
-        for (int t = 0; t < TILES; t++) {
-          const u32 four[4] = {u[t][4 * i], u[t][4 * i + 1], u[t][4 * i + 2], u[t][4 * i + 3]};
-          const u32 high = high_bytes(four), low = low_bytes(four);
-#pragma unroll
-          for (int h = 0; h < 2; h++) {
-            const int from = (j + 4 * h) * 4 + (lane >> 3);
-            const u32 x = shuffle(high, from), y = shuffle(low, from);
-            b[t][h] = (lane >> 2) & 1 ? y : x;
-          }
-        }
-#pragma unroll
-        for (int x = g * per; x < (g + 1) * per; x++) {
-          const int fragment = i * GROUPS16 + x;
+        for (int i = 0; i < NT / 32; i++) {
+          const int fragment = i * GROUPS16 + x, plane = fragment % VALUE_PLANES;
           const Words& word = v[fragment / VALUE_PLANES];
-          const int plane = fragment % VALUE_PLANES;
           const u32 a[4] = {value_operand(word.x, plane), value_operand(word.y, plane), value_operand(word.z, plane),
                             value_operand(word.w, plane)};
 #pragma unroll
-          for (int t = 0; t < TILES; t++) mma(acc[t][x - g * per], a[0], a[1], a[2], a[3], b[t][0], b[t][1]);
-        }
-        if (apart || i == NT / 32 - 1) {
-#pragma unroll
-          for (int t = 0; t < TILES; t++)
-#pragma unroll
-            for (int x = 0; x < per; x++) {
-              const int at = g * per + x, plane = (i * GROUPS16 + at) % VALUE_PLANES;
-              const float f = back[t] * plane_factor(VALUE_TABLE, VALUE_BITS, plane);
-              int(&c)[4] = acc[t][x];
-              out[t][at][0] += (float)(c[0] * 256 + c[1]) * (SCALED && RUNS ? f * factor[at][0] : f);
-              out[t][at][1] += (float)(c[2] * 256 + c[3]) * (SCALED && RUNS ? f * factor[at][1] : f);
-              c[0] = c[1] = c[2] = c[3] = 0;
-            }
+          for (int t = 0; t < TILES; t++) {
+            mma(c[t], a[0], a[1], a[2], a[3], b[t][i][0], b[t][i][1]);
+            if (!apart && i < NT / 32 - 1) continue;
+            const float f = back[t] * plane_factor(VALUE_TABLE, VALUE_BITS, plane);
+            out[t][x][0] += (float)(c[t][0] * 256 + c[t][1]) * (SCALED && RUNS ? f * factor[x][0] : f);
+            out[t][x][1] += (float)(c[t][2] * 256 + c[t][3]) * (SCALED && RUNS ? f * factor[x][1] : f);
+            c[t][0] = c[t][1] = c[t][2] = c[t][3] = 0;
+          }
         }
       }
     }
@@ -493,12 +547,21 @@ DEVICE void load_codes(const Lane& lane, i64 row, int loads_per_chunk, int chunk
   to = load_once(lane.codes + row * lane.code_stride + ((i64)chunk * loads_per_chunk + x) * 512 + (threadIdx.x & 31) * 16);
 }
 
+// tokens of which both sides are codes
+DEVICE int coded_tokens(const Store& store, i64 row) {
+  const i64 keys = store.keys.coded[row], values = store.values.coded[row];
+  return (int)(keys < values ? keys : values);
+}
+
+DEVICE void fetch_codes(const Lane& lane, i64 row, int loads, int chunk) {
+  for (int x = 0; x < loads; x++)
+    fetch(lane.codes + row * lane.code_stride + ((i64)chunk * loads + x) * 512 + (threadIdx.x & 31) * 16);
+}
+
 // the coded tokens of a part, chunk by chunk and run by run: visit(chunk's first token, begin, end, codes of the keys)
 template <class Visit, class Next>
-DEVICE void for_each_chunk(Warp& warp, const Work& w, i64 row, Visit visit, Next next) {
+DEVICE void for_each_chunk(Warp& warp, const Work& w, i64 row, int limit, Visit visit, Next next) {
   const Store& store = w.store;
-  const i64 coded_keys = store.keys.coded[row], coded_values = store.values.coded[row];
-  const int limit = (int)(coded_keys < coded_values ? coded_keys : coded_values);
   const Lane& by_run = (KEY_FORM == CHANNEL && KEY_GROUP == 0) || KEY_FACTOR ? store.keys : store.values;
   const i64* starts = by_run.starts + row * by_run.runs;
   const int runs = BY_RUN ? by_run.runs : 1;
@@ -579,7 +642,7 @@ DEVICE void calibration(const Work& w, i64 row, int j, float (&slope)[TILES], fl
   }
 }
 
-DEVICE void attend_codes(Warp& warp, const Work& w, i64 row) {
+DEVICE void attend_codes(Warp& warp, const Work& w, i64 row, int limit) {
   Words k[KEY_LOADS], v[VALUE_LOADS];
   float slope[TILES], least[TILES];
   if (AFFINE) calibration(w, row, warp.j, slope, least);
@@ -592,10 +655,12 @@ DEVICE void attend_codes(Warp& warp, const Work& w, i64 row) {
     for (int x = 0; x < VALUE_LOADS; x++) load_codes(w.store.values, row, VALUE_LOADS, chunk, x, v[x]);
   };
   for_each_chunk(
-      warp, w, row,
+      warp, w, row, limit,
       [&](int t0, int begin, int end, int following) {
         float s[TILES][NT / 8], weight[TILES];
-        warp.logits(w, row, k, t0, s);
+        warp.take(w.store, row, t0);
+        if (following >= 0) warp.stage(w.store, row, following * NT, limit);
+        warp.logits(w, k, t0, s);
         if (following >= 0) load_keys(following);
         if (AFFINE) {
 #pragma unroll
@@ -615,9 +680,9 @@ DEVICE void attend_codes(Warp& warp, const Work& w, i64 row) {
         }
         warp.weigh(s, weight);
         if (whole)
-          warp.mix<false>(w.store, row, v, t0, s, weight);
+          warp.mix<false>(v, s, weight);
         else
-          warp.mix<true>(w.store, row, v, t0, s, weight);
+          warp.mix<true>(v, s, weight);
         if (following >= 0) load_values(following);
       },
       [&](int chunk) { load_keys(chunk), load_values(chunk); });
@@ -753,17 +818,33 @@ DEVICE void attend_all_exact(Warp& warp, const Work& w, i64 row) {
   }
 }
 
+// what a block of threads shares: ranges on their way, and at the end what its warps found
+union alignas(16) Shared {
+  u16 stages[WARPS][2][STAGED ? STAGE : 8];
+  float outs[WARPS][ROWS][HEAD];
+};
+
 KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
-  SHARED float query[ROWS * QS], sums[WARPS][ROWS], mosts[WARPS][ROWS], outs[WARPS][ROWS][HEAD];
+  SHARED float query[ROWS * QS], sums[WARPS][ROWS], mosts[WARPS][ROWS];
+  SHARED Shared shared;
   const i64 row = blockIdx.y;
   const bool codes = CODED && (!ROTATED || blockIdx.x < w.splits);
-  load_query(w, row, ROTATED && codes, query);
+  const int limit = CODED ? coded_tokens(w.store, row) : 0;
   Warp warp;
-  warp.begin(query);
+  warp.begin(query, shared.stages[threadIdx.x >> 5][0]);
+  if constexpr (CODED) {  // the first bytes come while the query is scaled
+    const Range range(limit, w.splits);
+    if (codes && range.more()) {
+      fetch_codes(w.store.keys, row, KEY_LOADS, range.chunk), fetch_codes(w.store.values, row, VALUE_LOADS, range.chunk);
+      warp.stage(w.store, row, range.chunk * NT, limit);
+    }
+  }
+  load_query(w, row, ROTATED && codes, query);
   const bool exact = !CODED || w.store.values.ring || w.fresh.count;  // values wait at least as long as keys
   if (exact && (!ROTATED || !codes)) attend_all_exact(warp, w, row);
   if constexpr (CODED) {
-    if (codes) attend_codes(warp, w, row);
+    if (codes) attend_codes(warp, w, row, limit);
+    if (STAGED) barrier();  // what follows lies where ranges lay
   }
   const int index = threadIdx.x >> 5;
 #pragma unroll
@@ -777,8 +858,8 @@ KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
 #pragma unroll
     for (int x = 0; x < GROUPS16; x++) {
       if (16 * x >= HEAD) continue;
-      outs[index][q][output_channel(x, warp.r, 0)] = warp.out[t][x][0];
-      outs[index][q][output_channel(x, warp.r, 1)] = warp.out[t][x][1];
+      shared.outs[index][q][output_channel(x, warp.r, 0)] = warp.out[t][x][0];
+      shared.outs[index][q][output_channel(x, warp.r, 1)] = warp.out[t][x][1];
     }
   }
   barrier();
@@ -790,7 +871,7 @@ KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
     for (int i = 0; i < WARPS; i++) most = fmaxf(most, mosts[i][q]);
     for (int i = 0; i < WARPS; i++) {
       const float f = exp2_fast(mosts[i][q] - most);
-      sum += sums[i][q] * f, out += outs[i][q][d] * f;
+      sum += sums[i][q] * f, out += shared.outs[i][q][d] * f;
     }
     const i64 at = ((i64)blockIdx.x * gridDim.y + row) * w.query.count + first + q;
     w.out[at * HEAD + d] = out;
@@ -802,10 +883,14 @@ KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
 // the least and the greatest logit of each query over a part of the codes, before they are mapped
 KERNEL(32 * WARPS, BLOCKS) ranges(const Work w) {
   SHARED float query[ROWS * QS], leasts[WARPS][ROWS], greatests[WARPS][ROWS];
+  SHARED Shared shared;
   const i64 row = blockIdx.y;
-  load_query(w, row, ROTATED, query);
+  const int limit = coded_tokens(w.store, row);
   Warp warp;
-  warp.begin(query);
+  warp.begin(query, shared.stages[threadIdx.x >> 5][0]);
+  const Range range(limit, w.splits);
+  if (range.more()) warp.stage(w.store, row, range.chunk * NT, limit);
+  load_query(w, row, ROTATED, query);
   float least[TILES], greatest[TILES];
 #pragma unroll
   for (int t = 0; t < TILES; t++) least[t] = -LEAST, greatest[t] = LEAST;
@@ -815,10 +900,12 @@ KERNEL(32 * WARPS, BLOCKS) ranges(const Work w) {
     for (int x = 0; x < KEY_LOADS; x++) load_codes(w.store.keys, row, KEY_LOADS, chunk, x, k[x]);
   };
   for_each_chunk(
-      warp, w, row,
+      warp, w, row, limit,
       [&](int t0, int begin, int end, int following) {
         float s[TILES][NT / 8];
-        warp.logits(w, row, k, t0, s);
+        warp.take(w.store, row, t0);
+        if (following >= 0) warp.stage(w.store, row, following * NT, limit);
+        warp.logits(w, k, t0, s);
         if (following >= 0) load_keys(following);
 #pragma unroll
         for (int t = 0; t < TILES; t++)

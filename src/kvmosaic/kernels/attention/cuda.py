@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from kvmosaic.stores.lane import Lane, LaneBytes
 
 WARPS = 4
-MOST_STORES = 4
-MOST_PARTS = 2048
 LOG2_E = math.log2(math.e)
 
 OVERHEAD = 8192
@@ -53,16 +51,6 @@ class _Work(ctypes.Structure):
         *((name, ctypes.c_float) for name in ("scale", "softcap", "affine_low", "affine_high")),
         *((name, ctypes.c_int32) for name in ("heads", "splits", "official")),
     ]  # fmt: skip
-
-
-class _Joined(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "rows", "lse", "numbers", "length", "live")),
-        ("unrotate", ctypes.c_void_p * MOST_STORES),
-        ("first", ctypes.c_int32 * (MOST_STORES + 1)),
-        ("tails", ctypes.c_int32 * MOST_STORES),
-        *((name, ctypes.c_int32) for name in ("stores", "count")),
-    ]
 
 
 @dataclass(frozen=True)
@@ -137,14 +125,28 @@ def attend_all(
     softcap: float | None,
     fresh: tuple[Tensor, Tensor] | None,
     into: Partial | Tensor,
-    grows: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Attention over all the sources and the fresh tokens, joined, into `into`.
+    """As `parts`, and joined."""
+    joined = parts(sources, query, scale, softcap, fresh, into)
+    keys = sources[0].keys
+    macros = {"HEAD": str(keys.channels), "NUMBER": str(gpu.NUMBERS[keys.ring.dtype])}
+    rows = sources[0].length.numel()
+    gpu.kernel("attention/combine.cu", "combine_parts", macros, query.device)((rows, joined.count, 1), joined)
+
+
+def parts(
+    sources: Sequence[Source],
+    query: Tensor,
+    scale: float,
+    softcap: float | None,
+    fresh: tuple[Tensor, Tensor] | None,
+    into: Partial | Tensor,
+) -> gpu.Joined:
+    """Attention over all the sources and the fresh tokens, in parts that are yet to be joined into `into`, by what is queued next.
 
     query: [B, H, M, D] float32 for a Partial of that shape; or [B, Hq, 1, D] in the model's type for a Tensor
         [B, 1, Hq, D] of it.
     fresh: exact keys and values [B, H, E, D] of the step itself.
-    grows: a length [B, H] int64, to be one more afterwards, and [1] int32: unless this is 0.
     """
     first = sources[0]
     batch, heads = first.length.shape
@@ -168,13 +170,13 @@ def attend_all(
     out = query.new_empty(starts[-1], batch * heads, count, channels, dtype=torch.float32)
     numbers = out.new_empty(4, starts[-1], batch * heads, count)  # most, sum, least, greatest
 
-    joined = _Joined(stores=len(sources), count=count, out=out.data_ptr(), most=numbers[0].data_ptr())
+    joined = gpu.Joined(stores=len(sources), count=count, out=out.data_ptr(), most=numbers[0].data_ptr())
     joined.sum, joined.tails, joined.first = (
         numbers[1].data_ptr(),
-        _ints(tails, MOST_STORES),
-        _ints(starts, MOST_STORES + 1),
+        _ints(tails, gpu.MOST_STORES),
+        _ints(starts, gpu.MOST_STORES + 1),
     )
-    held = []  # tensors that a launch still needs
+    held = []
     for index, (source, plan, kernel) in enumerate(zip(sources, plans, kernels, strict=True)):
         work = _Work(heads=heads, splits=splits[index], scale=scale * LOG2_E, softcap=(softcap or 0.0) * LOG2_E)
         work.store = gpu.Store(gpu.describe(source.keys), gpu.describe(source.values), source.length.data_ptr())
@@ -205,10 +207,8 @@ def attend_all(
         joined.rows, joined.lse = into.out.data_ptr(), into.lse.data_ptr()
     else:
         joined.numbers = into.data_ptr()
-    if grows is not None:
-        joined.length, joined.live = (x.data_ptr() for x in grows)
-    macros = {"HEAD": str(channels), "NUMBER": plans[0].macros["NUMBER"]}
-    gpu.kernel("attention/combine.cu", "combine", macros, device)((batch * heads, count, 1), joined)
+    joined.held = (out, numbers, *held)
+    return joined
 
 
 def _ints(values: list[int], size: int) -> ctypes.Array[ctypes.c_int32]:
@@ -224,7 +224,7 @@ def _plan(source: Source, count: int, softcap: float | None) -> _Plan:
         "HEAD": str(keys.channels),
         "NUMBER": str(gpu.NUMBERS[keys.ring.dtype]),
         "TILES": str(tiles),
-        "BLOCKS": str(4 - tiles),  # of threads, resident in a multiprocessor
+        "BLOCKS": str(5 - tiles),  # of threads, resident in a multiprocessor
         "SOFTCAP": str(int(softcap is not None)),
         "AFFINE": str(int(source.affine is not None)),
         "ROTATED": str(int(forms[0].rotation is not None)),

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["write"]
 
 
-def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
-    """Encode x [B, H, T, D] into the slots after `lane.coded`, of each row its first `count` [B, H] tokens.
+def write(lane: LaneBytes, x: Tensor, count: Tensor | None) -> bool:
+    """Encode x [B, H, T, D] into the slots after `lane.coded`, of each row its first `count` [B, H] tokens
+    (None = all).
 
     By the kernel that serves the lane on its device; False, and nothing done, if there is none.
     """

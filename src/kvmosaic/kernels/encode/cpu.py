@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from kvmosaic.stores.lane import LaneBytes
 
 
-def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
-    """Encode x [B, H, T, D] into the slots after `lane.coded`, of each row its first `count` [B, H] tokens.
+def write(lane: LaneBytes, x: Tensor, count: Tensor | None) -> bool:
+    """Encode x [B, H, T, D] into the slots after `lane.coded`, of each row its first `count` [B, H] tokens
+    (None = all).
 
     The lane has room for them. False, and nothing done, if the kernels are not there or cannot serve the lane.
     Raises ValueError for tensors that are not what the store says they are, before C sees them.
@@ -26,9 +27,10 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
     if kernels.library is None or isinstance(codec, Exact) or cpu.why_not(codec, lane.role, lane.channels):
         return False
     codec = cpu.unrotated(codec)
-    batch, heads = count.shape
+    batch, heads = lane.coded.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     cpu.check("the tokens to encode", x, (batch, heads, x.shape[2], lane.channels), None)
+    count = torch.full((batch, heads), x.shape[2]) if count is None else count
     cpu.check("count", count, (batch, heads), torch.int64)
     if int(count.max()) > x.shape[2]:
         raise ValueError(f"count asks for {int(count.max())} tokens of a row, {x.shape[2]} came")

@@ -1,14 +1,16 @@
 // Tokens into a store's bytes: `append` for the token of a decode step, `encode` for many at once.
 //
 // A block of threads encodes the tokens of one block of codes (128 slots): parameters and codes first, codes into shared
-// memory, then whole words in the layout "fragments", of which the bits of other tokens stay.
+// memory so that the four of a word lie together, then whole words in the layout "fragments", of which the bits of other
+// tokens stay.
 // The macros are those of attention/cuda.cu, with FIT: how a token of fixed levels is scaled, and UNIT: its "norm".
-#include "warp.cuh"
+#include "attention/combine.cuh"
 
 enum { EXACT, CHANNEL, TOKEN };
 enum { UNIFORM, NORM, MATCHED, UNBIASED, LEAST_SQUARES };
 constexpr int THREADS = 128, WARPS = THREADS / 32;
 constexpr int DP = padded(HEAD), CHUNKS32 = DP / 32, GROUPS16 = DP / 16;
+constexpr int QUADS = (DP + 127) / 128, PER = 4 * QUADS;  // a lane holds channels 4 lane ... 4 lane + 3, and 128 further on
 
 #define FORM_OF(ROLE, SIDE)                                                                                          \
   struct ROLE {                                                                                                      \
@@ -43,21 +45,33 @@ struct Side {          // a lane to be written; a row is a KV head of a sequence
 
 struct Append {
   Side keys, values;
-  const i64* length;   // [rows], the new token counted
+  i64* length;         // [rows], to be one more
+  u32* arrived;        // [rows], zeros between launches
   const int* live;     // 0: no token is written
   Fresh fresh;         // that token
+  Joined joined;       // of the step's attention, which has read the store already; count 0 = none
   int heads;
 };
 
 struct Writing {       // of one side
   Side side;
   const u16* x;        // [batch][heads][tokens][channels]
-  const i64* count;    // [rows], how many of the tokens are the row's
+  const i64* count;    // [rows], how many of the tokens are the row's; null = all
   i64 strides[3];
   int heads, run;      // run: where parameters lie that a whole run shares
+  int tokens;
 };
 
-SHARED u8 codes[BLOCK][DP];
+// of keys [tokens][channels], of values [channels][tokens], where tokens t, t + 8, t + 16, t + 24 are neighbours; a word further
+// apart, so that columns lie in different banks
+constexpr int KEY_ROW = DP + 4, VALUE_ROW = BLOCK + 4;
+SHARED u32 codes[(BLOCK * KEY_ROW > DP * VALUE_ROW ? BLOCK * KEY_ROW : DP * VALUE_ROW) / 4];
+template <class Form>
+DEVICE u8* code_of(int token, int channel) {  // token: within its block
+  u8* all = (u8*)codes;
+  return Form::keys ? all + token * KEY_ROW + channel
+                    : all + channel * VALUE_ROW + (token & ~31) + 4 * (token & 7) + (token >> 3 & 3);
+}
 
 // a range as the codec (codecs/uniform.py) stores it
 DEVICE void fit_range(const Side& side, int head, float low, float high, int bits, u16& low16, u16& scale16) {
@@ -69,37 +83,96 @@ DEVICE void fit_range(const Side& side, int head, float low, float high, int bit
   low16 = float_to_half(low);
   scale16 = float_to_half(fmaxf(__fdiv_rn(high - half_to_float(low16), (float)((1 << bits) - 1)), 0.f));
 }
-DEVICE u8 quantize(float x, float low, float scale, int bits) {
-  if (!(scale > 0.f)) return 0;
-  return (u8)fminf(fmaxf(rintf(__fdiv_rn(x - low, scale)), 0.f), (float)((1 << bits) - 1));
-}
+// numbers of one range to codes as the codec rounds them. A product with the inverse is nearly the quotient; where a number
+// comes so close to the middle of two codes that nearly may be too little, `close` is set, and `divide` does it
+struct Quantizer {
+  float low, scale, inverse, top;
+  DEVICE_MEMBER Quantizer(u16 low16, u16 scale16, int bits)
+      : low(half_to_float(low16)), scale(half_to_float(scale16)), inverse(scale > 0.f ? __fdiv_rn(1.f, scale) : 0.f),
+        top((float)((1 << bits) - 1)) {}
+  DEVICE_MEMBER u32 code(float x, bool& close) const {
+    constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
+    const float y = fminf(fmaxf((x - low) * inverse, 0.f), top), shifted = y + SHIFT;
+    close |= fabsf(y - (shifted - SHIFT)) > 0.5f - top * 4e-7f;  // two roundings of 2^-24 each, and the quotient's own
+    return __float_as_uint(shifted) & 255u;
+  }
+  DEVICE_MEMBER u32 divide(float x) const {
+    return scale > 0.f ? (u32)fminf(fmaxf(rintf(__fdiv_rn(x - low, scale)), 0.f), top) : 0;
+  }
+};
 
-// ranges by channel: a thread has a channel, `at(slot)` is where a token lies
+// ranges by channel: a thread has two channels and every TEAMS-th batch of 32 tokens; `at(slot)` is where a token lies
 template <class Form, class At>
 DEVICE void encode_channels(const Side& side, i64 row, int head, int block, int begin, int end, int run, At at) {
-  for (int d = threadIdx.x; d < HEAD; d += THREADS) {
-    constexpr int group = Form::group ? Form::group : BLOCK;
-    for (int start = begin; start < end; start += group) {
-      const int stop = start + group < end ? start + group : end;
-      u16 low16, scale16;
-      if (Form::group) {
-        float low = infinity(), high = -infinity();
-#pragma unroll 8
-        for (int slot = start; slot < stop; slot++) {
-          const float x = number_to_float(at(slot)[d]);
-          low = fminf(low, x), high = fmaxf(high, x);
-        }
-        fit_range(side, head, low, high, Form::bits, low16, scale16);
-        const i64 entry = row * side.entry_stride + (i64)(start / group) * HEAD + d;
-        side.low[entry] = low16, side.scale[entry] = scale16;
-      } else {
-        const i64 entry = row * side.entry_stride + (i64)run * HEAD + d;
-        low16 = side.low[entry], scale16 = side.scale[entry];
+  constexpr int PAIRS = HEAD / 2, TEAMS = THREADS / PAIRS > 0 ? THREADS / PAIRS : 1, BATCH = 32;
+  constexpr bool one = Form::group == BATCH;  // batch a range
+  SHARED float ends[2][TEAMS][HEAD];
+  const int team = threadIdx.x / PAIRS, d = 2 * (threadIdx.x % PAIRS);
+  u32 two[BATCH];
+  auto load = [&](int from) {  // tokens of others: one of these in their place
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+      const int slot = from + i < begin ? begin : from + i < end ? from + i : end - 1;
+      two[i] = *(const u32*)(at(slot) + d);
+    }
+  };
+  auto number = [&](int i, int half) { return number_to_float((u16)(two[i] >> (16 * half))); };
+  auto quantize_batch = [&](int from, const Quantizer (&by)[2]) {
+    bool close = false;
+    u8* to = code_of<Form>(from - block * BLOCK, d);
+    auto write = [&](auto code) {
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) {
+        const u32 low = code(number(i, 0), by[0]), high = code(number(i, 1), by[1]);
+        if (Form::keys)
+          *(u16*)(to + i * KEY_ROW) = (u16)(low | high << 8);
+        else
+          to[4 * (i & 7) + (i >> 3)] = (u8)low, to[VALUE_ROW + 4 * (i & 7) + (i >> 3)] = (u8)high;
       }
-      const float low = half_to_float(low16), scale = half_to_float(scale16);
-#pragma unroll 8
-      for (int slot = start; slot < stop; slot++)
-        codes[slot - block * BLOCK][d] = quantize(number_to_float(at(slot)[d]), low, scale, Form::bits);
+    };
+    write([&](float x, const Quantizer& each) { return each.code(x, close); });
+    if (close) write([&](float x, const Quantizer& each) { return each.divide(x); });
+  };
+  constexpr int group = Form::group ? Form::group : BLOCK;
+  for (int start = begin / BATCH * BATCH; start < end; start += group) {
+    const int stop = start + group < end ? start + group : end;
+    if (one && start / BATCH % TEAMS != team) continue;
+    float low[2] = {infinity(), infinity()}, high[2] = {-infinity(), -infinity()};
+    if (Form::group) {
+      for (int from = start + (one ? 0 : BATCH * team); from < stop && team < TEAMS; from += BATCH * (one ? 1 : TEAMS)) {
+        load(from);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            low[half] = fminf(low[half], number(i, half)), high[half] = fmaxf(high[half], number(i, half));
+      }
+      if (!one) {
+        barrier();
+        if (team < TEAMS)
+          for (int half = 0; half < 2; half++) ends[0][team][d + half] = low[half], ends[1][team][d + half] = high[half];
+        barrier();
+        for (int other = 0; other < TEAMS; other++)
+          for (int half = 0; half < 2; half++)
+            low[half] = fminf(low[half], ends[0][other][d + half]), high[half] = fmaxf(high[half], ends[1][other][d + half]);
+      }
+    }
+    if (team >= TEAMS) continue;
+    const i64 entry = row * side.entry_stride + (i64)(Form::group ? start / group : run) * HEAD + d;
+    u16 low16[2], scale16[2];
+    for (int half = 0; half < 2; half++) {
+      if (Form::group) {
+        fit_range(side, head, low[half], high[half], Form::bits, low16[half], scale16[half]);
+        if (one || team == 0) side.low[entry + half] = low16[half], side.scale[entry + half] = scale16[half];
+      } else {
+        low16[half] = side.low[entry + half], scale16[half] = side.scale[entry + half];
+      }
+    }
+    const Quantizer by[2] = {{low16[0], scale16[0], Form::bits}, {low16[1], scale16[1], Form::bits}};
+    if (one) {
+      quantize_batch(start, by);
+    } else {
+      for (int from = start + BATCH * team; from < stop; from += BATCH * TEAMS) load(from), quantize_batch(from, by);
     }
   }
 }
@@ -110,64 +183,76 @@ DEVICE float warp_sum(float x) {
   return x;
 }
 
-// ranges by token: a warp has a token, a lane channels lane, lane + 32, ...
+// ranges by token: a warp has a token, a lane four neighbouring channels; four tokens at a time, 8 apart
 template <class Form, class At>
 DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int begin, int end, int run, At at) {
   SHARED float plain[WARPS][DP];
+  constexpr int TOGETHER = 4;
   const int lane = threadIdx.x & 31, index = threadIdx.x >> 5;
-  constexpr int together = 4;  // tokens that a warp loads at a time
-  for (int first = begin; first < end; first += WARPS * together) {
-    float all[together][CHUNKS32];
+  auto channel = [&](int k) { return 128 * (k / 4) + 4 * lane + k % 4; };
+  const int first = (begin - block * BLOCK) / 32 * 32;
+  for (int base = first; block * BLOCK + base < end; base += base % 8 ? 28 : 4) {  // 0, 4, 32, 36, ...
+    float all[TOGETHER][PER];
+    u32 word[PER];
 #pragma unroll
-    for (int i = 0; i < together; i++)
+    for (int i = 0; i < TOGETHER; i++) {
+      const int slot = block * BLOCK + base + index + 8 * i;
 #pragma unroll
-      for (int k = 0; k < CHUNKS32; k++) {
-        const int slot = first + i * WARPS + index, d = lane + 32 * k;
-        all[i][k] = slot < end && d < HEAD ? number_to_float(at(slot)[d]) : 0.f;
+      for (int q = 0; q < QUADS; q++) {
+        u32 two[2] = {0, 0};
+        if (slot >= begin && slot < end && channel(4 * q) < HEAD) {
+          const u32* from = (const u32*)(at(slot) + channel(4 * q));
+          two[0] = from[0], two[1] = from[1];
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) all[i][4 * q + e] = number_to_float((u16)(two[e / 2] >> (16 * (e % 2))));
       }
+    }
 #pragma unroll
-    for (int i = 0; i < together; i++) {
-      const int slot = first + i * WARPS + index;
-      if (first + i * WARPS >= end) break;  // all warps go round alike
-      const bool real = slot < end;
-      float(&x)[CHUNKS32] = all[i];
+    for (int k = 0; k < PER; k++) word[k] = 0;
+#pragma unroll
+    for (int i = 0; i < TOGETHER; i++) {
+      const int slot = block * BLOCK + base + index + 8 * i;
+      const bool real = slot >= begin && slot < end;  // others go round as well: what a warp does together it does at once
+      float(&x)[PER] = all[i];
       if constexpr (Form::factor) {
 #pragma unroll
-        for (int k = 0; k < CHUNKS32; k++) {
-          const int d = lane + 32 * k;
-          if (d < HEAD) x[k] = __fdiv_rn(x[k], half_to_float(side.channel[(row * side.runs + run) * HEAD + d]));
-        }
+        for (int k = 0; k < PER; k++)
+          if (channel(k) < HEAD) x[k] = __fdiv_rn(x[k], half_to_float(side.channel[(row * side.runs + run) * HEAD + channel(k)]));
       }
-      if (HADAMARD && Form::rotated) {
+      if constexpr (HADAMARD && Form::rotated) {
 #pragma unroll
-        for (int k = 0; k < CHUNKS32; k++) x[k] *= side.rotate[(lane + 32 * k) * HEAD];
+        for (int k = 0; k < PER; k++)
+          if (channel(k) < HEAD) x[k] *= side.rotate[channel(k) * HEAD];
         hadamard(x);
-      } else if (Form::rotated) {
+      } else if constexpr (Form::rotated) {
+        warp_barrier();
 #pragma unroll
-        for (int k = 0; k < CHUNKS32; k++) plain[index][lane + 32 * k] = x[k], x[k] = 0.f;
-        barrier();
+        for (int k = 0; k < PER; k++)
+          if (channel(k) < HEAD) plain[index][channel(k)] = x[k], x[k] = 0.f;
+        warp_barrier();
         for (int from = 0; from < HEAD; from++)
 #pragma unroll
-          for (int k = 0; k < CHUNKS32; k++)
-            if (lane + 32 * k < HEAD) x[k] += plain[index][from] * side.rotate[from * HEAD + lane + 32 * k];
-        barrier();
+          for (int k = 0; k < PER; k++)
+            if (channel(k) < HEAD) x[k] += plain[index][from] * side.rotate[from * HEAD + channel(k)];
       }
-      u8 code[CHUNKS32];
+      u8 code[PER];
       if constexpr (Form::fit != UNIFORM) {
         float square = 0.f;
 #pragma unroll
-        for (int k = 0; k < CHUNKS32; k++) square += x[k] * x[k];
+        for (int k = 0; k < PER; k++) square += channel(k) < HEAD ? x[k] * x[k] : 0.f;
         const float length = sqrtf(warp_sum(square)), norm = length * Form::unit;
+        const float inverse = __fdiv_rn(1.f, norm > 0.f ? norm : 1.f);
         float along = 0.f, coarse = 0.f;
 #pragma unroll
-        for (int k = 0; k < CHUNKS32; k++) {
-          const float y = __fdiv_rn(x[k], norm > 0.f ? norm : 1.f);
+        for (int k = 0; k < PER; k++) {
+          const float y = x[k] * inverse;
           int c = 0;
 #pragma unroll
           for (int edge = 0; edge + 1 < 1 << Form::bits; edge++)
             c += y > (Form::level(edge) + Form::level(edge + 1)) / 2.f;
           code[k] = (u8)c;
-          if (lane + 32 * k < HEAD) along += Form::level(c) * x[k], coarse += Form::level(c) * Form::level(c);
+          if (channel(k) < HEAD) along += Form::level(c) * x[k], coarse += Form::level(c) * Form::level(c);
         }
         along = warp_sum(along), coarse = warp_sum(coarse);
         const float scale = Form::fit == NORM       ? norm
@@ -176,43 +261,61 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
                                                     : __fdiv_rn(along, coarse);
         if (real && lane == 0) side.scale[row * side.entry_stride + slot] = float_to_half(scale);
       } else {
-        // least and greatest of every 16 channels, then of every group of them
-        float least[GROUPS16], greatest[GROUPS16];
+        constexpr int wide = HEAD / Form::groups;  // channels that share a range
+        float low[QUADS], high[QUADS];
 #pragma unroll
-        for (int k = 0; k < CHUNKS32; k++) {
-          float low = lane + 32 * k < HEAD ? x[k] : infinity(), high = lane + 32 * k < HEAD ? x[k] : -infinity();
+        for (int q = 0; q < QUADS; q++) {
+          low[q] = infinity(), high[q] = -infinity();
 #pragma unroll
-          for (int far = 8; far; far /= 2)
-            low = fminf(low, shuffle_xor(low, far)), high = fmaxf(high, shuffle_xor(high, far));
-          const float other_low = shuffle_xor(low, 16), other_high = shuffle_xor(high, 16);
-          least[2 * k] = lane < 16 ? low : other_low, least[2 * k + 1] = lane < 16 ? other_low : low;
-          greatest[2 * k] = lane < 16 ? high : other_high, greatest[2 * k + 1] = lane < 16 ? other_high : high;
+          for (int e = 0; e < 4; e++)
+            if (channel(4 * q) < HEAD) low[q] = fminf(low[q], x[4 * q + e]), high[q] = fmaxf(high[q], x[4 * q + e]);
+#pragma unroll
+          for (int far = 1; far < (Form::groups == 1 ? 32 : 4); far *= 2)
+            low[q] = fminf(low[q], shuffle_xor(low[q], far)), high[q] = fmaxf(high[q], shuffle_xor(high[q], far));
         }
-        constexpr int per = HEAD / Form::groups / 16;
-        u16 low16[Form::groups], scale16[Form::groups];
+        if constexpr (Form::groups == 1 && QUADS == 2) {
+          low[0] = low[1] = fminf(low[0], low[1]), high[0] = high[1] = fmaxf(high[0], high[1]);
+        } else if constexpr (Form::groups > 1 && wide > 16) {  // every four lanes have a range of 16 channels
+          float least[QUADS], greatest[QUADS];
 #pragma unroll
-        for (int g = 0; g < Form::groups; g++) {
-          float low = infinity(), high = -infinity();
+          for (int q = 0; q < QUADS; q++) least[q] = infinity(), greatest[q] = -infinity();
 #pragma unroll
-          for (int x16 = g * per; x16 < (g + 1) * per; x16++)
-            low = fminf(low, least[x16]), high = fmaxf(high, greatest[x16]);
-          fit_range(side, head, low, high, Form::bits, low16[g], scale16[g]);
-          const i64 entry = row * side.entry_stride + (i64)slot * Form::groups + g;
-          if (real && lane == 0) side.low[entry] = low16[g], side.scale[entry] = scale16[g];
+          for (int sixteen = 0; sixteen < HEAD / 16; sixteen++) {
+            const float a = shuffle(low[sixteen / 8], 4 * (sixteen % 8)), b = shuffle(high[sixteen / 8], 4 * (sixteen % 8));
+#pragma unroll
+            for (int q = 0; q < QUADS; q++)
+              if (channel(4 * q) / wide == 16 * sixteen / wide) least[q] = fminf(least[q], a), greatest[q] = fmaxf(greatest[q], b);
+          }
+#pragma unroll
+          for (int q = 0; q < QUADS; q++) low[q] = least[q], high[q] = greatest[q];
         }
 #pragma unroll
-        for (int k = 0; k < CHUNKS32; k++) {
-          u16 low = low16[0], scale = scale16[0];
+        for (int q = 0; q < QUADS; q++) {
+          u16 low16, scale16;
+          fit_range(side, head, low[q], high[q], Form::bits, low16, scale16);
+          const i64 entry = row * side.entry_stride + (i64)slot * Form::groups + channel(4 * q) / wide;
+          if (real && channel(4 * q) < HEAD && channel(4 * q) % wide == 0) side.low[entry] = low16, side.scale[entry] = scale16;
+          const Quantizer by(low16, scale16, Form::bits);
+          bool close = false;
 #pragma unroll
-          for (int g = 1; g < Form::groups; g++)
-            if ((2 * k + lane / 16) / per == g) low = low16[g], scale = scale16[g];
-          code[k] = quantize(x[k], half_to_float(low), half_to_float(scale), Form::bits);
+          for (int e = 0; e < 4; e++) code[4 * q + e] = (u8)by.code(x[4 * q + e], close);
+          if (close)
+#pragma unroll
+            for (int e = 0; e < 4; e++) code[4 * q + e] = (u8)by.divide(x[4 * q + e]);
         }
       }
 #pragma unroll
-      for (int k = 0; k < CHUNKS32; k++)
-        if (real && lane + 32 * k < HEAD) codes[slot - block * BLOCK][lane + 32 * k] = code[k];
+      for (int q = 0; q < QUADS; q++)
+        if (Form::keys && real && channel(4 * q) < HEAD)
+          *(u32*)code_of<Form>(slot - block * BLOCK, channel(4 * q)) =
+              code[4 * q] | code[4 * q + 1] << 8 | code[4 * q + 2] << 16 | (u32)code[4 * q + 3] << 24;
+#pragma unroll
+      for (int k = 0; k < PER; k++) word[k] |= (u32)code[k] << (8 * i);
     }
+    if (!Form::keys)
+#pragma unroll
+      for (int k = 0; k < PER; k++)
+        if (channel(k) < HEAD) *(u32*)code_of<Form>(base + index, channel(k)) = word[k];
   }
 }
 
@@ -225,35 +328,46 @@ DEVICE void encode_block(const Side& side, i64 row, int head, int block, int beg
     encode_tokens<Form>(side, row, head, block, begin, end, run, at);
   barrier();
   constexpr int planes = 8 / Form::bits;
-  u32* words = (u32*)(side.codes + row * side.code_stride + (i64)block * (BLOCK * DP * Form::bits / 8));
+  constexpr u32 plane_mask = 0x01010101u * ((1u << Form::bits) - 1);
+  Words* words = (Words*)(side.codes + row * side.code_stride + (i64)block * (BLOCK * DP * Form::bits / 8));
+  begin -= block * BLOCK, end -= block * BLOCK;
   // the tiles of 512 bytes that these tokens are in
   constexpr int unit = Form::keys ? 16 * planes : 32;  // tokens
-  const int first = (begin - block * BLOCK) / unit, last = (end - 1 - block * BLOCK) / unit;
+  const int first = begin / unit, last = (end - 1) / unit;
   const int first_tile = Form::keys ? first * CHUNKS32 : first * GROUPS16 / planes;
   const int last_tile = Form::keys ? (last + 1) * CHUNKS32 - 1 : ((last + 1) * GROUPS16 - 1) / planes;
-  for (int at_word = first_tile * 128 + threadIdx.x; at_word < (last_tile + 1) * 128; at_word += THREADS) {
-    const int tile = at_word / 128, lane = at_word % 128 / 4, r = lane / 4, j = lane % 4;
-    const int row_half = at_word & 1, column_half = at_word >> 1 & 1;
-    u32 word = 0, touched = 0;
+  for (int at_lane = first_tile * 32 + threadIdx.x; at_lane < (last_tile + 1) * 32; at_lane += THREADS) {
+    const int tile = at_lane / 32, r = at_lane % 32 / 4, j = at_lane % 4;
+    u32 word[4] = {0, 0, 0, 0}, touched[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int e = 0; e < 4; e++)
+    for (int plane = 0; plane < planes; plane++)
 #pragma unroll
-      for (int plane = 0; plane < planes; plane++) {
+      for (int x = 0; x < 4; x++) {
+        const int row_half = x & 1, column_half = x >> 1;
         int token, channel;
+        u32 bytes = ~0u;  // those of these tokens
         if (Form::keys) {
           token = 16 * (tile / CHUNKS32 * planes + plane) + r + 8 * row_half;
-          channel = 32 * (tile % CHUNKS32) + 16 * column_half + 4 * j + e;
+          channel = 32 * (tile % CHUNKS32) + 16 * column_half + 4 * j;
+          if (token < begin || token >= end) bytes = 0;
         } else {
           const int fragment = tile * planes + plane;
-          token = 32 * (fragment / GROUPS16) + 16 * (e >> 1) + 8 * (e & 1) + j + 4 * column_half;
+          token = 32 * (fragment / GROUPS16) + j + 4 * column_half;
           channel = 16 * (fragment % GROUPS16) + 2 * r + row_half;
+#pragma unroll
+          for (int e = 0; e < 4; e++)
+            if (token + 8 * e < begin || token + 8 * e >= end) bytes &= ~(255u << (8 * e));
         }
-        if (token < begin - block * BLOCK || token >= end - block * BLOCK) continue;
-        const int shift = 8 * e + Form::bits * plane;
-        touched |= ((1u << Form::bits) - 1) << shift;
-        if (channel < HEAD) word |= (u32)codes[token][channel] << shift;
+        touched[x] |= (bytes & plane_mask) << (Form::bits * plane);
+        if (bytes && channel < HEAD) word[x] |= (*(const u32*)code_of<Form>(token, channel) & bytes) << (Form::bits * plane);
       }
-    if (touched) words[at_word] = touched == ~0u ? word : (words[at_word] & ~touched) | word;
+    if ((touched[0] | touched[1] | touched[2] | touched[3]) == 0) continue;
+    if ((touched[0] & touched[1] & touched[2] & touched[3]) != ~0u) {
+      const Words old = words[at_lane];
+      word[0] |= old.x & ~touched[0], word[1] |= old.y & ~touched[1];
+      word[2] |= old.z & ~touched[2], word[3] |= old.w & ~touched[3];
+    }
+    words[at_lane] = Words{word[0], word[1], word[2], word[3]};
   }
   barrier();
 }
@@ -283,20 +397,29 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
 }
 
 #if APPENDS
+// a block of threads a row for each query that is to be joined, one for its keys and one for its values
 KERNEL(THREADS, 4) append(const Append w) {
   const i64 row = blockIdx.x, batch = row / w.heads, head = row % w.heads;
-  const int live = *w.live, slot = (int)w.length[row] - 1;
+  const int side = (int)blockIdx.y - w.joined.count;
+  if (side < 0) {
+    combine(w.joined, row, gridDim.x, blockIdx.y);
+    return;
+  }
+  const int live = *w.live, slot = (int)w.length[row];
   if (!live) return;
-  if (blockIdx.y == 0)
-    append_to<Keys>(w.keys, row, (int)head, slot, w.fresh.keys + batch * w.fresh.key_strides[0] + head * w.fresh.key_strides[1]);
+  const Fresh& new_token = w.fresh;
+  if (side == 0)
+    append_to<Keys>(w.keys, row, (int)head, slot, new_token.keys + batch * new_token.key_strides[0] + head * new_token.key_strides[1]);
   else
     append_to<Values>(w.values, row, (int)head, slot,
-                      w.fresh.values + batch * w.fresh.value_strides[0] + head * w.fresh.value_strides[1]);
+                      new_token.values + batch * new_token.value_strides[0] + head * new_token.value_strides[1]);
+  barrier();  // each thread has read the length
+  if (threadIdx.x == 0 && arrive_of_two(w.arrived + row)) w.length[row] = slot + 1;
 }
 #else
 KERNEL(THREADS, 8) encode(const Writing w) {
   const i64 row = blockIdx.x;
-  const int head = (int)(row % w.heads), coded = (int)w.side.coded[row], all = coded + (int)w.count[row];
+  const int head = (int)(row % w.heads), coded = (int)w.side.coded[row], all = coded + (w.count == nullptr ? w.tokens : (int)w.count[row]);
   const int block = coded / BLOCK + blockIdx.y;
   const int begin = coded > block * BLOCK ? coded : block * BLOCK, end = all < (block + 1) * BLOCK ? all : (block + 1) * BLOCK;
   if (begin >= end) return;

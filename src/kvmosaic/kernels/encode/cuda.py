@@ -28,20 +28,21 @@ class _Side(ctypes.Structure):
 
 class _Append(ctypes.Structure):
     _fields_ = [
-        ("keys", _Side), ("values", _Side), ("length", ctypes.c_void_p), ("live", ctypes.c_void_p), ("fresh", gpu.Fresh),
-        ("heads", ctypes.c_int32),
+        ("keys", _Side), ("values", _Side), *((name, ctypes.c_void_p) for name in ("length", "arrived", "live")),
+        ("fresh", gpu.Fresh), ("joined", gpu.Joined), ("heads", ctypes.c_int32),
     ]  # fmt: skip
 
 
 class _Writing(ctypes.Structure):
     _fields_ = [
         ("side", _Side), ("x", ctypes.c_void_p), ("count", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3),
-        ("heads", ctypes.c_int32), ("run", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("heads", "run", "tokens")),
     ]  # fmt: skip
 
 
-def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
-    """Encode x [B, H, T, D] into the slots after `lane.coded`, of each row its first `count` [B, H] tokens.
+def write(lane: LaneBytes, x: Tensor, count: Tensor | None) -> bool:
+    """Encode x [B, H, T, D] into the slots after `lane.coded`, of each row its first `count` [B, H] tokens
+    (None = all).
 
     The lane has room for them. False, and nothing done, if the kernels do not run here or cannot serve the lane.
     """
@@ -51,14 +52,21 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
     if form.group and BLOCK % form.group:
         return False  # a range would lie in two blocks of threads
     batch, heads, tokens, _ = x.shape
-    x = x if x.stride(3) == 1 else x.contiguous()
+    if x.stride(3) != 1 or any(stride % 4 for stride in x.stride()[:3]) or x.data_ptr() % 8:  # read 8 bytes at a time
+        x = x.contiguous()
     if lane.by_run:
         _write_run(lane, x, count)
     side, held = _side(lane)
     # a run's parameters have just been added: the run itself is counted later
     side.runs = max((lane.buffers[name].shape[2] for name, part in lane.parts.items() if part.every is None), default=0)
     arguments = _Writing(
-        side, x.data_ptr(), count.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3]), heads, side.runs - 1
+        side,
+        x.data_ptr(),
+        None if count is None else count.data_ptr(),
+        (ctypes.c_int64 * 3)(*x.stride()[:3]),
+        heads,
+        side.runs - 1,
+        tokens,
     )
     macros = _macros(lane, form, form) | {"APPENDS": "0", "WRITES": lane.role.capitalize()}
     blocks = -(-tokens // BLOCK) + 1  # the first may be begun already
@@ -67,31 +75,45 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
     return True
 
 
-def _write_run(lane: LaneBytes, x: Tensor, count: Tensor) -> None:
+def _write_run(lane: LaneBytes, x: Tensor, count: Tensor | None) -> None:
     """The parameters that the whole run shares, as the codec has them."""
     codec = lane.lane.codec
     assert isinstance(codec, Uniform), "only uniform codecs have parameters of runs"
     outside = None  # what is not a row's
-    if not bool((count == x.shape[2]).all()):
+    if count is not None and not bool((count == x.shape[2]).all()):
         outside = (torch.arange(x.shape[2], device=x.device) >= count[..., None])[..., None]
     if codec.equalize:
         channel = (x if outside is None else x.masked_fill(outside, 0)).abs().amax(2, keepdim=True).float().sqrt()
         new = {"channel": torch.where(channel > 0, channel, 1.0).to(torch.float16)}
     else:
-        low, high = (x, x) if outside is None else (x.masked_fill(outside, end) for end in (torch.inf, -torch.inf))
-        low, high = low.amin(2, keepdim=True).float(), high.amax(2, keepdim=True).float()
-        empty = (count == 0)[..., None, None]
-        low, scale = codec.fit(low.masked_fill(empty, 0), high.masked_fill(empty, 0))
+        if outside is None:
+            low, high = torch.aminmax(x, dim=2, keepdim=True)
+        else:
+            low = x.masked_fill(outside, torch.inf).amin(2, keepdim=True)
+            high = x.masked_fill(outside, -torch.inf).amax(2, keepdim=True)
+        if count is not None:
+            empty = (count == 0)[..., None, None]
+            low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
+        low, scale = codec.fit(low.float(), high.float())
         new = {"low": low, "scale": scale}
     for name, entry in new.items():
         lane.buffers[name] = torch.cat([lane.buffers[name], entry], 2)
 
 
-def append(keys: LaneBytes, values: LaneBytes, length: Tensor, live: Tensor, new: tuple[Tensor, Tensor]) -> None:
-    """The token of a decode step, [B, H, 1, D] each side, into a store whose `length` [B, H] counts it already.
+def append(
+    keys: LaneBytes,
+    values: LaneBytes,
+    length: Tensor,
+    arrived: Tensor,
+    live: Tensor,
+    new: tuple[Tensor, Tensor],
+    joined: gpu.Joined | None = None,
+) -> None:
+    """The token of a decode step, [B, H, 1, D] each side, into a store of `length` [B, H], which is one more afterwards.
 
-    live: [1] int32; 0 = the step is one too many, and nothing is written. Nothing is allocated, and all lengths are read
-    and written on the device: the store has room (`CodedStore.pin`).
+    arrived: [B, H] int32, zeros. live: [1] int32; 0 = the step is one too many, and nothing is written. joined: the parts of
+    the step's attention, to be joined meanwhile. Nothing is allocated, and all lengths are read and written on the device:
+    the store has room (`CodedStore.pin`).
     """
     forms = [gpu.form(lane.lane.codec, lane.role, lane.channels) for lane in (keys, values)]
     key_form, value_form = forms
@@ -99,9 +121,12 @@ def append(keys: LaneBytes, values: LaneBytes, length: Tensor, live: Tensor, new
     key_side, held_keys = _side(keys)
     value_side, held_values = _side(values)
     batch, heads = length.shape
-    arguments = _Append(key_side, value_side, length.data_ptr(), live.data_ptr(), gpu.fresh(*new), heads)
+    joined = joined or gpu.Joined()
+    arguments = _Append(
+        key_side, value_side, length.data_ptr(), arrived.data_ptr(), live.data_ptr(), gpu.fresh(*new), joined, heads
+    )
     macros = _macros(keys, key_form, value_form) | {"APPENDS": "1"}
-    gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, 2, 1), arguments)
+    gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, joined.count + 2, 1), arguments)
     del held_keys, held_values
 
 
