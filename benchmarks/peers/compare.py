@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.quality import machine
 from benchmarks.tables import markdown, replace_part
@@ -93,10 +92,13 @@ def score(opened: Opened, text: str, asked: list[dict[str, Any]]) -> dict[str, A
         cache = Cache(opened.model, methods.parse(text))
         opened.model(input_ids=context, past_key_values=cache, logits_to_keep=1)
         found["held"].append(cache.nbytes())
-        for turn in example["turns"]:
-            prompt: Tensor = torch.tensor([turn["prompt"]])
-            (written,), _ = harness.answer(opened, cache, [prompt], [len(turn["answer"])])
-            found["written"].append(written)
+        written: dict[int, list[int]] = {}
+        for size in {len(turn["prompt"]) for turn in example["turns"]}:  # turns of one length at a time
+            some = {at: turn for at, turn in enumerate(example["turns"]) if len(turn["prompt"]) == size}
+            prompts = [torch.tensor([turn["prompt"]]) for turn in some.values()]
+            answers, _ = harness.answer(opened, cache, prompts, [len(turn["answer"]) for turn in some.values()])
+            written |= zip(some, answers, strict=True)
+        found["written"] += [answer for _, answer in sorted(written.items())]
         if example["continuation"]:
             more = torch.tensor([example["continuation"]])
             logits = opened.model(input_ids=more, past_key_values=cache).logits[0].float()
