@@ -290,16 +290,21 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             out = to_output(merged, query)
         self.visual = None
         self._count(new)
-        step = at._replace(**{name: getattr(both, name) for name in ("query", "keys", "values", "place", "visual")})
+        first = len(both) - both.query.shape[2]  # whose query is known
+        step = at._replace(
+            **{name: getattr(both, name) for name in ("keys", "values", "place", "visual")},
+            query=torch.nn.functional.pad(both.query, (0, 0, first, 0)),
+            known=(torch.arange(len(both), device=query.device) >= first).expand_as(both.place),
+            whole=at.place.amax(1).add(1).repeat_interleave(heads, 0),
+        )
         selection = self.recipe.selection
         assert selection is not None and selection.prunes, "asked before"
-        tier = selection.assign(step._replace(whole=at.place.amax(1).add(1).repeat_interleave(heads, 0)))
+        tier = selection.assign(step)
         keep = (tier[:, 0] != DROP) & both.valid
         # in their order, on the right: rows that keep fewer are padded on the left, as prompts are
         stay = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -int(keep.sum(1).max()) :]
         kept = replace(both, valid=keep, place=both.place.masked_fill(~keep, -1), query=None).gather(stay)
         # a query is as large as a key times the heads that share it: only the newest are kept, for windows that reach back
-        first = len(both) - both.query.shape[2]
         asks = stay[:, len(kept) - min(QUERIES, int((stay >= first).sum(1).min())) :] - first
         query = both.query.gather(2, asks[:, None, :, None].expand(-1, both.query.shape[1], -1, both.query.shape[3]))
         self.pending = replace(kept, query=query).rows_as_heads(batch)
@@ -328,7 +333,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         held, self.pending, self.reading = self.pending, None, False
         query, waiting = held.query, replace(held, query=None)
         if self.pruned:  # the heads of a row keep as many
-            assert waiting.valid is not None, "what waits to be pruned has all columns"
+            assert waiting.valid is not None and query is not None, "what waits to be pruned has all columns"
+            query = torch.nn.functional.pad(query, (0, 0, len(waiting) - query.shape[2], 0))
             waiting = replace(waiting, valid=waiting.valid[:, 0], visual=None, place=None)
         elif tier is not None:
             waiting = replace(waiting, tier=tier, score=None)

@@ -76,7 +76,7 @@ class QueryDriven(Projection):
 
     def basis(self, step: Step, keep: Tensor) -> Channels:
         newest = step.valid & (step.valid.flip(1).cumsum(1).flip(1) <= self.queries)
-        asked = (step.query.float().square() * newest[:, None, -step.query.shape[2] :, None]).sum(2)  # [B, Hq, D]
+        asked = (step.query.float().square() * newest[:, None, :, None]).sum(2)  # [B, Hq, D]
         held = (step.keys.float().square() * keep[..., None]).sum(2)  # [B, H, D]
         power = asked.unflatten(1, (held.shape[1], -1)).sum(2) * held
         chosen = places(power) < self.size(held.shape[2])

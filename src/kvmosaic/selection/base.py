@@ -19,7 +19,7 @@ class Step(NamedTuple):
 
     layer: int
     layers: int  # how many the model has
-    query: Tensor  # [B, Hq, n, D], rotated, of the newest n tokens: all T, unless a prompt is pruned as it comes
+    query: Tensor  # [B, Hq, T, D], rotated
     keys: Tensor  # [B, H, T, D], rotated
     values: Tensor  # [B, H, T, D]
     scale: float  # of the logits
@@ -27,6 +27,7 @@ class Step(NamedTuple):
     visual: Tensor  # [B, T] bool
     frequencies: Tensor | None  # [R], of the rotary embedding, radians a place; None = not known
     whole: Tensor | None = None  # [B] int64, tokens of the prompt so far, with those dropped already; None = none are
+    known: Tensor | None = None  # [B, T] bool, whose queries are known, where the others' are zeros; None = all are
 
     @property
     def valid(self) -> Tensor:
@@ -35,9 +36,8 @@ class Step(NamedTuple):
 
     @property
     def asking(self) -> Tensor:
-        """[B, T] bool: the tokens whose queries are there."""
-        tokens = self.place.shape[1]
-        return self.valid & (torch.arange(tokens, device=self.place.device) >= tokens - self.query.shape[2])
+        """[B, T] bool: the tokens whose queries score."""
+        return self.valid if self.known is None else self.valid & self.known
 
 
 class Selection(Protocol):

@@ -37,7 +37,7 @@ class AttentionSums:
     normalize: bool = False
 
     def score(self, step: Step) -> Tensor:
-        sums = column_sums(step.query, step.keys, step.scale, step.valid)
+        sums = column_sums(step.query, step.keys, step.scale, step.valid, step.asking)
         if self.normalize:
             seen_by = step.asking.flip(1).cumsum(1).flip(1).clamp_min(1)
             sums = sums / seen_by[:, None]
@@ -63,7 +63,7 @@ class WindowAttention:
 
     def score(self, step: Step) -> Tensor:
         newest = step.valid.flip(1).cumsum(1).flip(1) <= self.window
-        sums = column_sums(step.query, step.keys, step.scale, step.valid, newest)
+        sums = column_sums(step.query, step.keys, step.scale, step.valid, newest & step.asking)
         if self.pooling == "max":
             return torch.nn.functional.max_pool1d(sums, self.kernel, stride=1, padding=self.kernel // 2)
         return torch.nn.functional.avg_pool1d(sums, self.kernel, stride=1, padding=self.kernel // 2)
@@ -99,11 +99,10 @@ class ExpectedAttention:
             )
         valid, place = step.valid, step.place.clamp_min(0)
         asking = step.asking & ((step.place >= 4) | ~(step.place >= 4).any(1, keepdim=True))
-        known = slice(valid.shape[1] - step.query.shape[2], None)
-        weight = asking[:, None, None, known, None].float()
-        angle = place[:, known, None] * step.frequencies  # [B, n, R]
+        weight = asking[:, None, None, :, None].float()
+        angle = place[..., None] * step.frequencies  # [B, T, R]
         query = turned(step.query.float(), angle.cos()[:, None], -angle.sin()[:, None])
-        query = query.unflatten(1, (step.keys.shape[1], -1))  # [B, H, G, n, D], as before their rotation
+        query = query.unflatten(1, (step.keys.shape[1], -1))  # [B, H, G, T, D], as before their rotation
         count = weight.sum(3, keepdim=True).clamp_min(1)
         mean = (query * weight).sum(3, keepdim=True) / count
         spread = (query - mean) * weight
