@@ -34,6 +34,19 @@ def test_unpack_inverts_pack(bits: int, role: str, layout: str, channels: int, b
     assert torch.equal(unpack(packed, bits, role, layout, channels), x)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_selectors_are_fragments_with_the_codes_of_a_plane_in_half_a_word(role: str) -> None:
+    x = codes(4, 1, 64)
+    fragments, selectors = (
+        pack(x, 4, role, layout).view(torch.int32)  # type: ignore[arg-type]
+        for layout in ("fragments", "selectors")
+    )
+    for plane in range(2):
+        for byte in range(4):
+            assert torch.equal(selectors >> (16 * plane + 4 * byte) & 15, fragments >> (8 * byte + 4 * plane) & 15)
+    assert torch.equal(unpack(selectors.view(torch.uint8), 4, role, "selectors", 64), x)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_dots_lie_where_the_page_says(bits: int) -> None:
     """Keys [vector][token 128][channel 4], values [vector][channel][token 4]; planes in between."""

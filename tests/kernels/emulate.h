@@ -130,6 +130,12 @@ static inline u32 __byte_perm(u32 a, u32 b, u32 selector) {
   for (int i = 0; i < 4; i++) y |= (u32)(both >> (8 * (selector >> (4 * i) & 7)) & 255) << (8 * i);
   return y;
 }
+static inline u32 permute(u32 a, u32 b, u32 selector) {
+  u32 y = __byte_perm(a, b, selector);
+  for (int i = 0; i < 4; i++)
+    if (selector >> (4 * i + 3) & 1) y = (y & ~(255u << (8 * i))) | (y >> (8 * i + 7) & 1 ? 255u : 0u) << (8 * i);
+  return y;
+}
 static inline float half_to_float(u16 x) {
   _Float16 y;
   memcpy(&y, &x, 2);

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvmosaic.kernels import attention, encode, gpu
+from kvmosaic.kernels.layout import layout_of
 from kvmosaic.stores import lane
 
 COMPILER = shutil.which("g++")
@@ -65,6 +66,6 @@ def emulate(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on CPU tensors lie as on a GPU, and the CUDA kernels serve them."""
     monkeypatch.setattr(gpu, "kernel", emulator)
     monkeypatch.setattr(gpu, "why_not", lambda device: None)
-    monkeypatch.setattr(lane, "layout_of", lambda device: "fragments")
+    monkeypatch.setattr(lane, "layout_of", lambda device, looked_up: layout_of(torch.device("cuda"), looked_up))
     for kernels in (attention, encode):
         monkeypatch.setattr(kernels, "cpu", kernels.cuda)

@@ -22,6 +22,7 @@ class Part:
     bits: of each number; below 8 the store packs them (`kernels/layout.py`), so `dtype` is then uint8.
     kind: how a report counts it.
     rows: bytes that lie token by token as the codec wrote them, and not in the blocks that kernels read.
+    looked_up: codes that stand for numbers of a table.
     """
 
     every: int | None
@@ -30,6 +31,7 @@ class Part:
     bits: int
     kind: str
     rows: bool = False
+    looked_up: bool = False
 
     @property
     def blocked(self) -> bool:

@@ -91,7 +91,7 @@ class Sphere(Codec):
     def parts(self, channels: int) -> Mapping[str, Part]:
         planes = {"codes": 2, "top": 1} if self.bits == 3 else {"codes": self.bits}
         parts = {
-            name: Part(every=1, width=channels, dtype=torch.uint8, bits=bits, kind="codes")
+            name: Part(every=1, width=channels, dtype=torch.uint8, bits=bits, kind="codes", looked_up=bits == 4)
             for name, bits in planes.items()
         }
         return parts | {"scale": Part(every=1, width=1, dtype=torch.float16, bits=16, kind="scales")}

@@ -45,6 +45,10 @@ AHEAD = 4
 BY_LOGITS_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
 """Processors of logits that do not look at the tokens so far, so that a graph can hold them."""
 
+FOR_ONE_ROW: dict[str, Any] = {"coordinate_descent_tuning": True, "realize_acc_reads_threshold": 1}
+"""torch.compile's options for a batch of one: products of a vector with a matrix become reductions, which read weights faster
+than a matrix product does, and what two of them are multiplied to is written before the next product reads it."""
+
 log = logging.getLogger("kvmosaic")
 
 
@@ -254,7 +258,8 @@ class _Steps:
         self.done = 0
         cache.pin(room, self.live)
         self.arguments = {cache_argument(model): cache, "use_cache": True, "return_dict": True}
-        self.forward = torch.compile(model.forward) if compiled else model.forward
+        options = FOR_ONE_ROW if len(self.ids) == 1 else None
+        self.forward = torch.compile(model.forward, options=options) if compiled else model.forward
 
     def take(self, cache: Cache, tensors: dict[str, Tensor], choice: _Choice, most: int) -> bool:
         """Go on from another prompt's tokens; False if these tensors, or the graph, are not made for that."""

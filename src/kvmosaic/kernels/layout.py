@@ -1,7 +1,7 @@
 """Where each code lies in the bytes: blocks of 128 tokens, packed in planes, in the order in which a kernel reads them.
 
 A byte holds 8/bits codes, one per *plane*: plane p is `(byte >> bits * p) & (2**bits - 1)`. Masking a plane out of a
-vector of packed bytes gives a vector of operands, so a layout only has to say which codes share a vector. Two layouts,
+vector of packed bytes gives a vector of operands, so a layout only has to say which codes share a vector. Three layouts,
 each one permutation for keys and one for values; everything else in the package sees [tokens, channels].
 
 "dots": the CPU's dot products of four unsigned by four signed bytes (`vpdpbusd`, `sdot`). One form for both sides:
@@ -11,6 +11,8 @@ each one permutation for keys and one for values; everything else in the package
     keys    rows are 16 tokens, columns 32 channels; plane p = token group of 16; what a warp reads together lies together
     values  rows are 16 channels (0, 2, ... then 1, 3, ...), columns 32 tokens; plane p = channel group of 16, then token
             chunk of 32. A column's four bytes are tokens t, t + 8, t + 16, t + 24: those whose probabilities one lane holds
+"selectors": of fragments of 4 bits that are looked up in a table: the four codes of a plane are the four nibbles of half a
+    word, as the byte permutation (`prmt`) takes them.
 """
 
 from functools import lru_cache
@@ -22,13 +24,15 @@ from torch import Tensor
 BLOCK = 128
 """Tokens in a block: 8 planes of 16 tokens, the least that fills whole fragments at 1 bit."""
 
-Layout = Literal["dots", "fragments"]
+Layout = Literal["dots", "fragments", "selectors"]
 Role = Literal["keys", "values"]
 
 
-def layout_of(device: torch.device) -> Layout:
-    """The layout that the kernels of a device read."""
-    return "fragments" if device.type == "cuda" else "dots"
+def layout_of(device: torch.device, looked_up: bool = False) -> Layout:
+    """The layout that the kernels of a device read. looked_up: codes of 4 bits that stand for numbers of a table."""
+    if device.type != "cuda":
+        return "dots"
+    return "selectors" if looked_up else "fragments"
 
 
 def padded(channels: int) -> int:
@@ -44,6 +48,8 @@ def bytes_per_block(channels: int, bits: int) -> int:
 def _order(layout: Layout, role: Role, channels: int, bits: int) -> Tensor:
     """[bytes of a block, planes]: which element (token * channels + channel) each plane of each byte holds."""
     planes = 8 // bits
+    if layout == "selectors":  # of a word [byte, plane], there [plane, byte], two to a byte
+        return _order("fragments", role, channels, bits).view(-1, 4, 2).mT.reshape(-1, 2).contiguous()
     index = torch.arange(BLOCK * channels).view(BLOCK, channels)
     if layout == "dots" and role == "keys":
         tiles = index.view(BLOCK, channels // 4 // planes, planes, 4).permute(1, 0, 3, 2)

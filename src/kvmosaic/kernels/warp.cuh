@@ -81,6 +81,12 @@ DEVICE u32 pack_numbers(float low, float high) {
   asm("cvt.rn." KIND "x2.f32 %0,%1,%2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
+// as __byte_perm; where a nibble of the selector has its fourth bit set, the chosen byte's sign is repeated
+DEVICE u32 permute(u32 low, u32 high, u32 selector) {
+  u32 y;
+  asm("prmt.b32 %0,%1,%2,%3;" : "=r"(y) : "r"(low), "r"(high), "r"(selector));
+  return y;
+}
 DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }

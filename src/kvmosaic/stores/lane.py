@@ -94,9 +94,12 @@ class LaneBytes:
     ) -> None:
         batch, heads, _, self.channels = like.shape
         self.lane = replace(lane, codec=lane.codec.to(like.device))
-        self.role, self.layout, self.basis = role, layout_of(like.device), basis
+        self.role, self.basis = role, basis
         self.parts = lane.codec.parts(self.channels if basis is None else basis.size)
         self.by_run = any(part.every is None for part in self.parts.values())
+        self.layouts = {
+            name: layout_of(like.device, part.looked_up) for name, part in self.parts.items() if part.blocked
+        }
         self.buffers: dict[str, Tensor] = {}
         for name, part in self.parts.items():
             if part.blocked:
@@ -188,7 +191,9 @@ class LaneBytes:
         for name, part in self.parts.items():
             if part.blocked:
                 blocks = self.buffers[name][:, :, start // BLOCK : -(-stop // BLOCK)]
-                packed[name] = unpack(blocks, part.bits, self.role, self.layout, part.width)[:, :, : stop - start]
+                packed[name] = unpack(blocks, part.bits, self.role, self.layouts[name], part.width)[
+                    :, :, : stop - start
+                ]
             elif part.every is None:
                 packed[name] = self.buffers[name]
             else:
@@ -247,9 +252,9 @@ class LaneBytes:
         for name, part in self.parts.items():
             buffer = self.buffers[name]
             if part.blocked:
-                codes = unpack(buffer, part.bits, self.role, self.layout, part.width)
+                codes = unpack(buffer, part.bits, self.role, self.layouts[name], part.width)
                 self._copy(codes, source, target)
-                self.buffers[name] = pack(codes, part.bits, self.role, self.layout)
+                self.buffers[name] = pack(codes, part.bits, self.role, self.layouts[name])
             else:
                 self._copy(buffer, source, target)
         if self.rotary is not None:
@@ -352,9 +357,9 @@ class LaneBytes:
         part, start = self.parts[name], first // BLOCK
         span = slice(start, -(-last // BLOCK))
         blocks = self.buffers[name][:, :, span]
-        old = unpack(blocks, part.bits, self.role, self.layout, part.width)
+        old = unpack(blocks, part.bits, self.role, self.layouts[name], part.width)
         self._scatter(old, codes, slot - start * BLOCK, valid)
-        self.buffers[name][:, :, span] = pack(old, part.bits, self.role, self.layout)
+        self.buffers[name][:, :, span] = pack(old, part.bits, self.role, self.layouts[name])
 
     @staticmethod
     def _scatter(target: Tensor, source: Tensor, index: Tensor, valid: Tensor | None) -> None:

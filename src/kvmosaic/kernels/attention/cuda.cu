@@ -29,7 +29,6 @@ constexpr int KEY_ENTRY = GROUPED ? KEY_GROUP : 1;
 constexpr bool BY_RUN = (KEY_FORM == CHANNEL && KEY_GROUP == 0) || KEY_FACTOR || VALUE_FORM == CHANNEL || VALUE_FACTOR;
 constexpr bool SCALED = VALUE_FORM == CHANNEL || VALUE_FACTOR;  // output channels have factors of their own
 constexpr bool WIDE = !CODED && HEAD % 64 == 0;         // a lane's output channels are neighbours: loads of 16 bytes
-constexpr int UNIT = GROUPED ? BLOCK / NT : 1;  // chunks in a row for one warp, which then scales the query once a group
 // ranges of keys that a chunk meets; numbers of its ranges, brought to shared memory while the chunk before is worked on
 constexpr int ENTRIES = KEY_ENTRY % NT == 0 ? 1 : NT % KEY_ENTRY == 0 ? NT / KEY_ENTRY : (NT - 1) / KEY_ENTRY + 2;
 constexpr int KEY_STAGE = GROUPED ? ENTRIES * HEAD : KEY_FORM == TOKEN ? NT : 0;  // scales; lows are as many
@@ -60,21 +59,22 @@ struct Work {
   float scale, softcap;  // both times log2(e); softcap 0 = none
   float affine_low, affine_high;  // times log2(e)
   int heads, splits, official;
+  int unit;              // chunks in a row for one warp, which then scales the query once a group
 };
 
 // what a plane's operands come out multiplied by, taken off
 DEVICE float plane_factor(bool table, int bits, int plane) { return table ? 1.f : 1.f / (float)(1 << (bits * plane)); }
 
-// four codes of a plane as operands of a product: their bytes masked out, or what a table has for them
+// four codes of a plane as operands of a product: their bytes masked out, or what a table of bytes below 128 has for them
 template <bool TABLE, int BITS>
 DEVICE u32 operand(u32 word, int plane, u32 t0, u32 t1, u32 t2, u32 t3) {
   if constexpr (!TABLE) {
     return word & (0x01010101u * ((1u << BITS) - 1)) << (BITS * plane);
   } else {
-    const u32 codes = word >> (4 * plane) & 0x0f0f0f0fu;
-    const u32 four = __byte_perm(codes | codes >> 4, 0, 0x4420), below = four & 0x7777u;  // a selector has 4 bits
-    const u32 upper = __byte_perm(0u, ~0u, four >> 1 & 0x7777u);
-    return (__byte_perm(t0, t1, below) & ~upper) | (__byte_perm(t2, t3, below) & upper);
+    const u32 codes = word >> (16 * plane), eight = (word & 0x77777777u) >> (16 * plane);
+    const u32 lower = permute(t0, t1, eight), upper = permute(t2, t3, eight);
+    const u32 is_upper = permute(0x80808080u, 0x80808080u, codes);  // 255, or 128: of bytes that have no such bit
+    return (lower & ~is_upper) | (upper & is_upper);
   }
 }
 DEVICE u32 key_operand(u32 word, int plane) { return operand<KEY_TABLE, KEY_BITS>(word, plane, KEY_LEVELS); }
@@ -216,13 +216,20 @@ struct Warp {
     }
   }
 
-  // before a chunk is worked on: its ranges are there
-  DEVICE_MEMBER void take(const Store& store, i64 row, int t0) {
+  // before a chunk is worked on: its ranges are there; of values that are none, zeros
+  DEVICE_MEMBER void take(const Store& store, i64 row, int t0, int limit) {
     if constexpr (STAGED) {
       wait_async();
-      const u16* here = stages + coming * STAGE;
-      const u16* values = here + KEY_STAGE * (1 + KEY_LOW);
+      u16* here = stages + coming * STAGE;
+      u16* values = here + KEY_STAGE * (1 + KEY_LOW);
       ranges = Ranges{here, here + KEY_STAGE, values, values + VALUE_STAGE};
+      if (VALUE_FORM == TOKEN && limit - t0 < NT) {
+        for (int x = (limit - t0) * VALUE_GROUPS + lane; x < VALUE_STAGE; x += 32) {
+          values[x] = 0;
+          if (VALUE_LOW) values[VALUE_STAGE + x] = 0;
+        }
+        warp_barrier();
+      }
     } else {
       ranges = stored_ranges(store, row, t0);
     }
@@ -366,7 +373,6 @@ struct Warp {
   }
 
   // the weighted sum of NT coded values; s holds probabilities
-  template <bool MASKED>
   DEVICE_MEMBER void mix(const Words (&v)[VALUE_LOADS], float (&s)[TILES][NT / 8], const float (&weight)[TILES]) {
     constexpr int per = GROUPS16 / VALUE_GROUPS;
     // a byte may hold codes of two chunks of 32 tokens, which then come out multiplied by other powers of two
@@ -383,7 +389,7 @@ struct Warp {
 #pragma unroll
           for (int x = 0; x < NT / 8; x++) {
             const int at = (8 * x + r) * VALUE_GROUPS + g;
-            const bool real = !MASKED || s[t][x] != 0.f;
+            const bool real = STAGED || s[t][x] != 0.f;
             p[x] = real ? s[t][x] * half_to_float(ranges.value_scale[at]) : 0.f;
             if (VALUE_LOW && real) low += s[t][x] * half_to_float(ranges.value_low[at]);
             largest = fmaxf(largest, p[x]);
@@ -527,19 +533,21 @@ struct Warp {
   }
 };
 
-// the part of the coded tokens that a block of threads and a warp take: units of UNIT chunks of NT tokens
+// where part `index` of `parts` begins. A division of 64 bits takes as long as a load
+DEVICE int share_of(int all, u32 index, int parts) { return (int)((u32)all * index / (u32)parts); }
+
+// the part of the coded tokens that a block of threads and a warp take: units of some chunks of NT tokens
 struct Range {
-  int unit, end, chunk, last;
-  DEVICE_MEMBER Range(int limit, int splits) {
-    const int chunks = (limit + NT - 1) / NT, units = (chunks + UNIT - 1) / UNIT;
-    unit = (int)((i64)units * blockIdx.x / splits) + (int)(threadIdx.x >> 5);
-    end = (int)((i64)units * (blockIdx.x + 1) / splits);
-    chunk = unit * UNIT;
-    last = chunks;
+  int unit, end, chunk, last, size;
+  DEVICE_MEMBER Range(int limit, const Work& w) {
+    const int chunks = (limit + NT - 1) / NT, units = (chunks + w.unit - 1) / w.unit;
+    unit = share_of(units, blockIdx.x, w.splits) + (int)(threadIdx.x >> 5);
+    end = share_of(units, blockIdx.x + 1, w.splits);
+    size = w.unit, chunk = unit * size, last = chunks;
   }
   DEVICE_MEMBER bool more() const { return unit < end && chunk < last; }
   DEVICE_MEMBER void advance() {
-    if (++chunk % UNIT == 0) unit += WARPS, chunk = unit * UNIT;
+    if (++chunk == (unit + 1) * size) unit += WARPS, chunk = unit * size;
   }
 };
 
@@ -566,7 +574,7 @@ DEVICE void for_each_chunk(Warp& warp, const Work& w, i64 row, int limit, Visit 
   const i64* starts = by_run.starts + row * by_run.runs;
   const int runs = BY_RUN ? by_run.runs : 1;
   int run = 0;
-  Range range(limit, w.splits);
+  Range range(limit, w);
   if (range.more()) {
     next(range.chunk);
     if (!RUNS) warp.enter(store, row, 0);
@@ -602,7 +610,7 @@ DEVICE void load_query(const Work& w, i64 row, bool rotated, float* shared) {
       if (from != nullptr) {
         y = from[(row * w.query.count + first + q) * HEAD + d];
       } else {
-        const i64 batch = row / w.heads, head = row % w.heads * w.query.count + first + q;
+        const u32 batch = (u32)row / w.heads, head = (u32)row % w.heads * w.query.count + first + q;
         y = number_to_float(w.query.numbers[batch * w.query.batch_stride + head * w.query.head_stride + d]);
       }
     }
@@ -658,7 +666,7 @@ DEVICE void attend_codes(Warp& warp, const Work& w, i64 row, int limit) {
       warp, w, row, limit,
       [&](int t0, int begin, int end, int following) {
         float s[TILES][NT / 8], weight[TILES];
-        warp.take(w.store, row, t0);
+        warp.take(w.store, row, t0, limit);
         if (following >= 0) warp.stage(w.store, row, following * NT, limit);
         warp.logits(w, k, t0, s);
         if (following >= 0) load_keys(following);
@@ -679,10 +687,7 @@ DEVICE void attend_codes(Warp& warp, const Work& w, i64 row, int limit) {
             }
         }
         warp.weigh(s, weight);
-        if (whole)
-          warp.mix<false>(v, s, weight);
-        else
-          warp.mix<true>(v, s, weight);
+        warp.mix(v, s, weight);
         if (following >= 0) load_values(following);
       },
       [&](int chunk) { load_keys(chunk), load_values(chunk); });
@@ -696,7 +701,7 @@ DEVICE void coded_logits(Warp& warp, const Work& w, i64 row, int t0, float (&s)[
     if constexpr (GROUPED) {
       if (t0 / KEY_ENTRY != warp.entry) warp.slice_entry(keys, row, t0 / KEY_ENTRY);
     }
-    const int group = t0 / 16, shift = KEY_BITS * (group % KEY_PLANES);
+    const int group = t0 / 16, shift = (KEY_TABLE ? 16 : KEY_BITS) * (group % KEY_PLANES);
     int c[TILES][4] = {};
 #pragma unroll
     for (int x = 0; x < CHUNKS32; x++) {
@@ -723,15 +728,33 @@ DEVICE void coded_logits(Warp& warp, const Work& w, i64 row, int t0, float (&s)[
   }
 }
 
-// where the exact tokens of a row lie
+// where the exact tokens of a row lie: those that are stored, and after them the step's own
 struct Exact {
-  const u16* keys;
-  const u16* values;
-  i64 key_stride, value_stride;
-  int key_ring, value_ring;
-  DEVICE_MEMBER const u16* key(int t) const { return keys + slot(t, key_ring) * key_stride; }
-  DEVICE_MEMBER const u16* value(int t) const { return values + slot(t, value_ring) * value_stride; }
-  static DEVICE_MEMBER i64 slot(int t, int ring) { return CODED && ring ? t % ring : t; }
+  const u16 *keys, *values, *fresh_keys, *fresh_values;
+  i64 fresh_key_stride, fresh_value_stride;
+  int length, key_ring, value_ring, key_behind, value_behind;
+  DEVICE_MEMBER Exact(const Work& w, i64 row) {
+    const Lane &k = w.store.keys, &v = w.store.values;
+    const Fresh& fresh = w.fresh;
+    const u32 batch = (u32)row / w.heads, head = (u32)row % w.heads;
+    keys = k.exact + row * k.exact_room * HEAD, values = v.exact + row * v.exact_room * HEAD;
+    fresh_keys = fresh.keys + batch * fresh.key_strides[0] + head * fresh.key_strides[1];
+    fresh_values = fresh.values + batch * fresh.value_strides[0] + head * fresh.value_strides[1];
+    fresh_key_stride = fresh.key_strides[2], fresh_value_stride = fresh.value_strides[2];
+    length = (int)w.store.length[row], key_ring = k.ring, value_ring = v.ring;
+    key_behind = whole_rings(k, row), value_behind = whole_rings(v, row);
+  }
+  // the first tokens that are exact lie a ring's worth at most behind the last: one division is enough
+  static DEVICE_MEMBER int whole_rings(const Lane& lane, i64 row) {
+    return CODED && lane.ring ? (int)lane.coded[row] / lane.ring * lane.ring : 0;
+  }
+  DEVICE_MEMBER const u16* key(int t) const {
+    return t < length ? keys + slot(t - key_behind, key_ring) * HEAD : fresh_keys + (t - length) * fresh_key_stride;
+  }
+  DEVICE_MEMBER const u16* value(int t) const {
+    return t < length ? values + slot(t - value_behind, value_ring) * HEAD : fresh_values + (t - length) * fresh_value_stride;
+  }
+  static DEVICE_MEMBER i64 slot(int t, int ring) { return CODED && ring && t >= ring ? t - ring : t; }
 };
 
 // tokens [begin, end), 16 at a time, of which this warp takes the `first`-th and every `step`-th further one; keys before
@@ -786,35 +809,21 @@ DEVICE void attend_exact(Warp& warp, const Work& w, i64 row, const Exact& exact,
 }
 
 // this warp's share of what is exact: of the stored tokens, and the step's own
-DEVICE void attend_all_exact(Warp& warp, const Work& w, i64 row) {
-  const Store& store = w.store;
-  const Lane &keys = store.keys, &values = store.values;
-  const Exact stored{keys.exact + row * keys.exact_room * HEAD, values.exact + row * values.exact_room * HEAD,
-                     HEAD, HEAD, keys.ring, values.ring};
+DEVICE void attend_all_exact(Warp& warp, const Work& w, i64 row, const Exact& exact) {
+  const Lane &keys = w.store.keys, &values = w.store.values;
   u32 q[TILES][CHUNKS32][4];
   warp.split_query(q);
-  const int length = (int)store.length[row], index = threadIdx.x >> 5;
-  const bool apart = ROTATED;  // one part for all of it; else the parts of the codes share it
-  const int share = apart ? index : (int)blockIdx.x * WARPS + index, shares = apart ? WARPS : w.splits * WARPS;
-  if constexpr (CODED) {
+  const int end = exact.length + w.fresh.count, index = threadIdx.x >> 5;
+  if constexpr (CODED) {  // of rotated codes one part has all of it; else the parts of the codes share it
+    const int share = ROTATED ? index : (int)blockIdx.x * WARPS + index, shares = ROTATED ? WARPS : w.splits * WARPS;
     const int coded_keys = (int)keys.coded[row], coded_values = (int)values.coded[row];
     const int begin = coded_keys < coded_values ? coded_keys : coded_values;
     if (KEY_FORM == TOKEN && begin < coded_keys) warp.slice(nullptr, nullptr);  // keys ahead of values have no factors
-    attend_exact(warp, w, row, stored, begin, length, coded_keys, share, shares, q);
+    attend_exact(warp, w, row, exact, begin, end, coded_keys, share, shares, q);
   } else {  // neighbours for one block of threads
-    const int groups = (length + 15) / 16, splits = w.splits;
-    const int begin = (int)((i64)groups * blockIdx.x / splits) * 16;
-    const int stop = (int)((i64)groups * (blockIdx.x + 1) / splits) * 16;
-    attend_exact(warp, w, row, stored, begin, stop < length ? stop : length, 0, index, WARPS, q);
-  }
-  const Fresh& fresh = w.fresh;
-  if (fresh.count) {
-    const i64 batch = row / w.heads, head = row % w.heads;
-    const Exact own{fresh.keys + batch * fresh.key_strides[0] + head * fresh.key_strides[1],
-                    fresh.values + batch * fresh.value_strides[0] + head * fresh.value_strides[1],
-                    fresh.key_strides[2], fresh.value_strides[2], 0, 0};
-    // from the last share down: the first ones have more of the stored tokens
-    attend_exact(warp, w, row, own, 0, fresh.count, 0, shares - 1 - share, shares, q);
+    const int groups = (end + 15) / 16;
+    const int begin = 16 * share_of(groups, blockIdx.x, w.splits), stop = 16 * share_of(groups, blockIdx.x + 1, w.splits);
+    attend_exact(warp, w, row, exact, begin, stop < end ? stop : end, 0, index, WARPS, q);
   }
 }
 
@@ -833,15 +842,16 @@ KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
   Warp warp;
   warp.begin(query, shared.stages[threadIdx.x >> 5][0]);
   if constexpr (CODED) {  // the first bytes come while the query is scaled
-    const Range range(limit, w.splits);
+    const Range range(limit, w);
     if (codes && range.more()) {
       fetch_codes(w.store.keys, row, KEY_LOADS, range.chunk), fetch_codes(w.store.values, row, VALUE_LOADS, range.chunk);
       warp.stage(w.store, row, range.chunk * NT, limit);
     }
   }
+  const Exact exact(w, row);
   load_query(w, row, ROTATED && codes, query);
-  const bool exact = !CODED || w.store.values.ring || w.fresh.count;  // values wait at least as long as keys
-  if (exact && (!ROTATED || !codes)) attend_all_exact(warp, w, row);
+  const bool some = !CODED || w.store.values.ring || w.fresh.count;  // values wait at least as long as keys
+  if (some && (!ROTATED || !codes)) attend_all_exact(warp, w, row, exact);
   if constexpr (CODED) {
     if (codes) attend_codes(warp, w, row, limit);
     if (STAGED) barrier();  // what follows lies where ranges lay
@@ -888,7 +898,7 @@ KERNEL(32 * WARPS, BLOCKS) ranges(const Work w) {
   const int limit = coded_tokens(w.store, row);
   Warp warp;
   warp.begin(query, shared.stages[threadIdx.x >> 5][0]);
-  const Range range(limit, w.splits);
+  const Range range(limit, w);
   if (range.more()) warp.stage(w.store, row, range.chunk * NT, limit);
   load_query(w, row, ROTATED, query);
   float least[TILES], greatest[TILES];
@@ -903,7 +913,7 @@ KERNEL(32 * WARPS, BLOCKS) ranges(const Work w) {
       warp, w, row, limit,
       [&](int t0, int begin, int end, int following) {
         float s[TILES][NT / 8];
-        warp.take(w.store, row, t0);
+        warp.take(w.store, row, t0, limit);
         if (following >= 0) warp.stage(w.store, row, following * NT, limit);
         warp.logits(w, k, t0, s);
         if (following >= 0) load_keys(following);

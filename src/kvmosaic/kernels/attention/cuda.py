@@ -49,7 +49,7 @@ class _Work(ctypes.Structure):
         ("store", gpu.Store), ("query", _Query), ("fresh", gpu.Fresh),
         *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "least", "greatest")),
         *((name, ctypes.c_float) for name in ("scale", "softcap", "affine_low", "affine_high")),
-        *((name, ctypes.c_int32) for name in ("heads", "splits", "official")),
+        *((name, ctypes.c_int32) for name in ("heads", "splits", "official", "unit")),
     ]  # fmt: skip
 
 
@@ -60,8 +60,9 @@ class _Plan:
     keys: gpu.Form
     values: gpu.Form
     macros: dict[str, str]
-    units: int  # of which a split takes some
-    overhead: float  # of beginning and ending a part, in units
+    chunks: int  # of tokens, as a warp takes them
+    units: tuple[int, ...]  # how many in a row a warp may take
+    overhead: float  # of beginning and ending a part, in chunks
     rows_a_block: int
 
 
@@ -160,10 +161,7 @@ def parts(
         int(plan.keys.rotation is not None and bool((index == 0 and fresh is not None) or source.keys.lane.ring))
         for index, (source, plan) in enumerate(zip(sources, plans, strict=True))
     ]
-    splits = [
-        _splits(plan, each, tail, kernel)
-        for plan, each, tail, kernel in zip(plans, blocks, tails, kernels, strict=True)
-    ]
+    splits, units = zip(*map(_splits, plans, blocks, tails, kernels), strict=True)
     starts = [0]
     for split, tail in zip(splits, tails, strict=True):
         starts.append(starts[-1] + split + tail)
@@ -178,7 +176,13 @@ def parts(
     )
     held = []
     for index, (source, plan, kernel) in enumerate(zip(sources, plans, kernels, strict=True)):
-        work = _Work(heads=heads, splits=splits[index], scale=scale * LOG2_E, softcap=(softcap or 0.0) * LOG2_E)
+        work = _Work(
+            heads=heads,
+            splits=splits[index],
+            unit=units[index],
+            scale=scale * LOG2_E,
+            softcap=(softcap or 0.0) * LOG2_E,
+        )
         work.store = gpu.Store(gpu.describe(source.keys), gpu.describe(source.values), source.length.data_ptr())
         work.query.count = count
         if rows is not None:
@@ -233,28 +237,32 @@ def _plan(source: Source, count: int, softcap: float | None) -> _Plan:
         **forms[1].macros("values"),
     }
     if forms[0].form == 0:
-        tokens, room = 16, keys.buffers["numbers"].shape[2]
-        bits = 32
+        tokens, room, bits = 16, keys.buffers["numbers"].shape[2], 32
     else:
-        tokens, room = _unit(forms[0], forms[1], keys.channels), keys.buffers["codes"].shape[2] * BLOCK
-        bits = forms[0].bits + forms[1].bits
+        planes = 8 // forms[1].bits
+        tokens = max(32, 16 * (8 // forms[0].bits), 32 * (planes // math.gcd(planes, padded(keys.channels) // 16)))
+        room, bits = keys.buffers["codes"].shape[2] * BLOCK, forms[0].bits + forms[1].bits
     overhead = OVERHEAD / (tokens * keys.channels * bits / 8)
-    return _Plan(forms[0], forms[1], macros, -(-room // tokens), overhead, 4 * tiles)
+    grouped = forms[0].form == 1 and forms[0].group
+    units = (1, BLOCK // tokens) if grouped else (1,)
+    return _Plan(forms[0], forms[1], macros, -(-room // tokens), units, overhead, 4 * tiles)
 
 
-def _unit(keys: gpu.Form, values: gpu.Form, channels: int) -> int:
-    """Tokens that a warp takes at a time: NT * UNIT of cuda.cu."""
-    if keys.form == 1 and keys.group:
-        return BLOCK
-    planes = 8 // values.bits
-    return max(32, 16 * (8 // keys.bits), 32 * (planes // math.gcd(planes, padded(channels) // 16)))
+def _splits(plan: _Plan, blocks: int, tail: int, kernel: gpu.Kernel) -> tuple[int, int]:
+    """In how many parts to read, and how many chunks in a row: the fewest rounds of resident blocks of threads times what each
+    warp has to do."""
 
-
-def _splits(plan: _Plan, blocks: int, tail: int, kernel: gpu.Kernel) -> int:
-    """In how many parts to read: the fewest rounds of resident blocks of threads times what each warp has to do."""
-
-    def cost(splits: int) -> float:
+    def cost(choice: tuple[int, int]) -> float:
+        splits, unit = choice
         rounds = -(-blocks * (splits + tail) // kernel.resident)
-        return rounds * (-(-plan.units // (WARPS * splits)) + plan.overhead)
+        scaling = len(plan.units) > 1  # of the query, once a unit: about as much as a chunk
+        return rounds * (-(-plan.chunks // (WARPS * splits * unit)) * (unit + scaling) + plan.overhead)
 
-    return min(range(1, max(1, min(128, -(-plan.units // WARPS))) + 1), key=cost)
+    return min(
+        (
+            (splits, unit)
+            for unit in plan.units
+            for splits in range(1, max(1, min(128, -(-plan.chunks // (WARPS * unit)))) + 1)
+        ),
+        key=cost,
+    )

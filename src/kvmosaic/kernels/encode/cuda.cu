@@ -17,7 +17,7 @@ constexpr int QUADS = (DP + 127) / 128, PER = 4 * QUADS;  // a lane holds channe
     static constexpr bool keys = SIDE##_IS_KEYS;                                                                     \
     static constexpr int form = SIDE##_FORM, bits = SIDE##_BITS, group = SIDE##_GROUP, groups = SIDE##_GROUPS,       \
                          fit = SIDE##_FIT;                                                                           \
-    static constexpr bool factor = SIDE##_FACTOR, rotated = SIDE##_ROTATED;                                          \
+    static constexpr bool factor = SIDE##_FACTOR, rotated = SIDE##_ROTATED, table = SIDE##_TABLE;                    \
     static constexpr float unit = SIDE##_UNIT;                                                                       \
     static DEVICE_MEMBER float level(int code) {                                                                     \
       const u32 levels[4] = {SIDE##_LEVELS};                                                                         \
@@ -83,25 +83,37 @@ DEVICE void fit_range(const Side& side, int head, float low, float high, int bit
   low16 = float_to_half(low);
   scale16 = float_to_half(fmaxf(__fdiv_rn(high - half_to_float(low16), (float)((1 << bits) - 1)), 0.f));
 }
-// numbers of one range to codes as the codec rounds them. A product with the inverse is nearly the quotient; where a number
-// comes so close to the middle of two codes that nearly may be too little, `close` is set, and `divide` does it
+// numbers of one range to codes, as the codec rounds them
 struct Quantizer {
   float low, scale, inverse, top;
   DEVICE_MEMBER Quantizer(u16 low16, u16 scale16, int bits)
       : low(half_to_float(low16)), scale(half_to_float(scale16)), inverse(scale > 0.f ? __fdiv_rn(1.f, scale) : 0.f),
         top((float)((1 << bits) - 1)) {}
-  DEVICE_MEMBER u32 code(float x, bool& close) const {
+  DEVICE_MEMBER u32 operator()(float x) const {
     constexpr float SHIFT = 12582912.f;  // 1.5 * 2^23: the sum's low bits are the nearest integer
-    const float y = fminf(fmaxf((x - low) * inverse, 0.f), top), shifted = y + SHIFT;
-    close |= fabsf(y - (shifted - SHIFT)) > 0.5f - top * 4e-7f;  // two roundings of 2^-24 each, and the quotient's own
-    return __float_as_uint(shifted) & 255u;
-  }
-  DEVICE_MEMBER u32 divide(float x) const {
-    return scale > 0.f ? (u32)fminf(fmaxf(rintf(__fdiv_rn(x - low, scale)), 0.f), top) : 0;
+    const float above = x - low, nearly = above * inverse;
+    const float quotient = fmaf(fmaf(-nearly, scale, above), inverse, nearly);  // rounded as a division is
+    return __float_as_uint(fminf(fmaxf(quotient, 0.f), top) + SHIFT) & 255u;
   }
 };
 
-// ranges by channel: a thread has two channels and every TEAMS-th batch of 32 tokens; `at(slot)` is where a token lies
+// where tokens lie that are to be encoded: in the order of their slots, or in a ring that the newest one follows
+struct Rows {
+  static constexpr bool in_order = true;
+  const u16* first;
+  i64 stride;
+  int slot;  // of the first
+  DEVICE_MEMBER const u16* operator()(int each) const { return first + (each - slot) * stride; }
+};
+struct Ring {
+  static constexpr bool in_order = false;
+  static constexpr i64 stride = 0;
+  const u16 *ring, *newest;
+  int size, slot;  // of the newest
+  DEVICE_MEMBER const u16* operator()(int each) const { return each < slot ? ring + (i64)(each % size) * HEAD : newest; }
+};
+
+// ranges by channel: a thread has two channels and every TEAMS-th batch of 32 tokens
 template <class Form, class At>
 DEVICE void encode_channels(const Side& side, i64 row, int head, int block, int begin, int end, int run, At at) {
   constexpr int PAIRS = HEAD / 2, TEAMS = THREADS / PAIRS > 0 ? THREADS / PAIRS : 1, BATCH = 32;
@@ -109,8 +121,14 @@ DEVICE void encode_channels(const Side& side, i64 row, int head, int block, int 
   SHARED float ends[2][TEAMS][HEAD];
   const int team = threadIdx.x / PAIRS, d = 2 * (threadIdx.x % PAIRS);
   u32 two[BATCH];
-  auto load = [&](int from) {  // tokens of others: one of these in their place
+  auto load = [&](int from) {
+    if (At::in_order && from >= begin && from + BATCH <= end) {  // one address, and steps that all threads share
+      const u16* each = at(from) + d;
 #pragma unroll
+      for (int i = 0; i < BATCH; i++) two[i] = *(const u32*)(each + i * at.stride);
+      return;
+    }
+#pragma unroll  // tokens of others: one of these in their place
     for (int i = 0; i < BATCH; i++) {
       const int slot = from + i < begin ? begin : from + i < end ? from + i : end - 1;
       two[i] = *(const u32*)(at(slot) + d);
@@ -118,20 +136,15 @@ DEVICE void encode_channels(const Side& side, i64 row, int head, int block, int 
   };
   auto number = [&](int i, int half) { return number_to_float((u16)(two[i] >> (16 * half))); };
   auto quantize_batch = [&](int from, const Quantizer (&by)[2]) {
-    bool close = false;
     u8* to = code_of<Form>(from - block * BLOCK, d);
-    auto write = [&](auto code) {
 #pragma unroll
-      for (int i = 0; i < BATCH; i++) {
-        const u32 low = code(number(i, 0), by[0]), high = code(number(i, 1), by[1]);
-        if (Form::keys)
-          *(u16*)(to + i * KEY_ROW) = (u16)(low | high << 8);
-        else
-          to[4 * (i & 7) + (i >> 3)] = (u8)low, to[VALUE_ROW + 4 * (i & 7) + (i >> 3)] = (u8)high;
-      }
-    };
-    write([&](float x, const Quantizer& each) { return each.code(x, close); });
-    if (close) write([&](float x, const Quantizer& each) { return each.divide(x); });
+    for (int i = 0; i < BATCH; i++) {
+      const u32 low = by[0](number(i, 0)), high = by[1](number(i, 1));
+      if (Form::keys)
+        *(u16*)(to + i * KEY_ROW) = (u16)(low | high << 8);
+      else
+        to[4 * (i & 7) + (i >> 3)] = (u8)low, to[VALUE_ROW + 4 * (i & 7) + (i >> 3)] = (u8)high;
+    }
   };
   constexpr int group = Form::group ? Form::group : BLOCK;
   for (int start = begin / BATCH * BATCH; start < end; start += group) {
@@ -194,14 +207,17 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
   for (int base = first; block * BLOCK + base < end; base += base % 8 ? 28 : 4) {  // 0, 4, 32, 36, ...
     float all[TOGETHER][PER];
     u32 word[PER];
+    const int first_slot = block * BLOCK + base + index;
+    const u16* in_order = At::in_order ? at(first_slot) : nullptr;
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
-      const int slot = block * BLOCK + base + index + 8 * i;
+      const int slot = first_slot + 8 * i;
 #pragma unroll
       for (int q = 0; q < QUADS; q++) {
         u32 two[2] = {0, 0};
         if (slot >= begin && slot < end && channel(4 * q) < HEAD) {
-          const u32* from = (const u32*)(at(slot) + channel(4 * q));
+          const u16* token = At::in_order ? in_order + 8 * i * at.stride : at(slot);
+          const u32* from = (const u32*)(token + channel(4 * q));
           two[0] = from[0], two[1] = from[1];
         }
 #pragma unroll
@@ -212,7 +228,7 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
     for (int k = 0; k < PER; k++) word[k] = 0;
 #pragma unroll
     for (int i = 0; i < TOGETHER; i++) {
-      const int slot = block * BLOCK + base + index + 8 * i;
+      const int slot = first_slot + 8 * i;
       const bool real = slot >= begin && slot < end;  // others go round as well: what a warp does together it does at once
       float(&x)[PER] = all[i];
       if constexpr (Form::factor) {
@@ -254,7 +270,8 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
           code[k] = (u8)c;
           if (channel(k) < HEAD) along += Form::level(c) * x[k], coarse += Form::level(c) * Form::level(c);
         }
-        along = warp_sum(along), coarse = warp_sum(coarse);
+        if (Form::fit == UNBIASED || Form::fit == LEAST_SQUARES) along = warp_sum(along);
+        if (Form::fit == MATCHED || Form::fit == LEAST_SQUARES) coarse = warp_sum(coarse);
         const float scale = Form::fit == NORM       ? norm
                             : Form::fit == MATCHED  ? __fdiv_rn(length, sqrtf(coarse))
                             : Form::fit == UNBIASED ? __fdiv_rn(length * length, fmaxf(along, 1e-30f))
@@ -296,12 +313,8 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
           const i64 entry = row * side.entry_stride + (i64)slot * Form::groups + channel(4 * q) / wide;
           if (real && channel(4 * q) < HEAD && channel(4 * q) % wide == 0) side.low[entry] = low16, side.scale[entry] = scale16;
           const Quantizer by(low16, scale16, Form::bits);
-          bool close = false;
 #pragma unroll
-          for (int e = 0; e < 4; e++) code[4 * q + e] = (u8)by.code(x[4 * q + e], close);
-          if (close)
-#pragma unroll
-            for (int e = 0; e < 4; e++) code[4 * q + e] = (u8)by.divide(x[4 * q + e]);
+          for (int e = 0; e < 4; e++) code[4 * q + e] = (u8)by(x[4 * q + e]);
         }
       }
 #pragma unroll
@@ -319,6 +332,14 @@ DEVICE void encode_tokens(const Side& side, i64 row, int head, int block, int be
   }
 }
 
+// where a word has the four codes of a plane, which come in a byte each (and, of a mask, in all bits of a byte)
+template <class Form>
+DEVICE u32 placed(u32 bytes, int plane) {
+  if (!Form::table) return (bytes & 0x01010101u * ((1u << Form::bits) - 1)) << (Form::bits * plane);
+  const u32 two = (bytes & 0x0f0f0f0fu) | (bytes & 0x0f0f0f0fu) >> 4;
+  return ((two & 255u) | (two >> 8 & 0xff00u)) << (16 * plane);
+}
+
 // slots begin ... end - 1, all of one block of codes
 template <class Form, class At>
 DEVICE void encode_block(const Side& side, i64 row, int head, int block, int begin, int end, int run, At at) {
@@ -328,7 +349,6 @@ DEVICE void encode_block(const Side& side, i64 row, int head, int block, int beg
     encode_tokens<Form>(side, row, head, block, begin, end, run, at);
   barrier();
   constexpr int planes = 8 / Form::bits;
-  constexpr u32 plane_mask = 0x01010101u * ((1u << Form::bits) - 1);
   Words* words = (Words*)(side.codes + row * side.code_stride + (i64)block * (BLOCK * DP * Form::bits / 8));
   begin -= block * BLOCK, end -= block * BLOCK;
   // the tiles of 512 bytes that these tokens are in
@@ -358,8 +378,8 @@ DEVICE void encode_block(const Side& side, i64 row, int head, int block, int beg
           for (int e = 0; e < 4; e++)
             if (token + 8 * e < begin || token + 8 * e >= end) bytes &= ~(255u << (8 * e));
         }
-        touched[x] |= (bytes & plane_mask) << (Form::bits * plane);
-        if (bytes && channel < HEAD) word[x] |= (*(const u32*)code_of<Form>(token, channel) & bytes) << (Form::bits * plane);
+        touched[x] |= placed<Form>(bytes, plane);
+        if (bytes && channel < HEAD) word[x] |= placed<Form>(*(const u32*)code_of<Form>(token, channel) & bytes, plane);
       }
     if ((touched[0] | touched[1] | touched[2] | touched[3]) == 0) continue;
     if ((touched[0] & touched[1] & touched[2] & touched[3]) != ~0u) {
@@ -379,8 +399,7 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
     const int coded = (int)side.coded[row];
     if (slot - coded + 1 - side.window >= side.flush) {
       const int end = coded + side.flush;
-      const u16* ring = side.exact + row * side.exact_room * HEAD;
-      auto at = [&](int each) { return each < slot ? ring + (i64)(each % side.ring) * HEAD : token; };
+      const Ring at{side.exact + row * side.exact_room * HEAD, token, side.ring, slot};
       for (int block = coded / BLOCK; block * BLOCK < end; block++) {
         const int begin = coded > block * BLOCK ? coded : block * BLOCK;
         const int stop = end < (block + 1) * BLOCK ? end : (block + 1) * BLOCK;
@@ -399,7 +418,7 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
 #if APPENDS
 // a block of threads a row for each query that is to be joined, one for its keys and one for its values
 KERNEL(THREADS, 4) append(const Append w) {
-  const i64 row = blockIdx.x, batch = row / w.heads, head = row % w.heads;
+  const i64 row = blockIdx.x, batch = blockIdx.x / w.heads, head = blockIdx.x % w.heads;
   const int side = (int)blockIdx.y - w.joined.count;
   if (side < 0) {
     combine(w.joined, row, gridDim.x, blockIdx.y);
@@ -417,13 +436,13 @@ KERNEL(THREADS, 4) append(const Append w) {
   if (threadIdx.x == 0 && arrive_of_two(w.arrived + row)) w.length[row] = slot + 1;
 }
 #else
-KERNEL(THREADS, 8) encode(const Writing w) {
+KERNEL(THREADS, 6) encode(const Writing w) {
   const i64 row = blockIdx.x;
-  const int head = (int)(row % w.heads), coded = (int)w.side.coded[row], all = coded + (w.count == nullptr ? w.tokens : (int)w.count[row]);
+  const int head = blockIdx.x % w.heads, coded = (int)w.side.coded[row], all = coded + (w.count == nullptr ? w.tokens : (int)w.count[row]);
   const int block = coded / BLOCK + blockIdx.y;
   const int begin = coded > block * BLOCK ? coded : block * BLOCK, end = all < (block + 1) * BLOCK ? all : (block + 1) * BLOCK;
   if (begin >= end) return;
-  const u16* x = w.x + row / w.heads * w.strides[0] + head * w.strides[1];
-  encode_block<WRITES>(w.side, row, head, block, begin, end, w.run, [&](int slot) { return x + (slot - coded) * w.strides[2]; });
+  const Rows at{w.x + blockIdx.x / w.heads * w.strides[0] + head * w.strides[1], w.strides[2], coded};
+  encode_block<WRITES>(w.side, row, head, block, begin, end, w.run, at);
 }
 #endif

@@ -86,11 +86,8 @@ def _write_run(lane: LaneBytes, x: Tensor, count: Tensor | None) -> None:
         channel = (x if outside is None else x.masked_fill(outside, 0)).abs().amax(2, keepdim=True).float().sqrt()
         new = {"channel": torch.where(channel > 0, channel, 1.0).to(torch.float16)}
     else:
-        if outside is None:
-            low, high = torch.aminmax(x, dim=2, keepdim=True)
-        else:
-            low = x.masked_fill(outside, torch.inf).amin(2, keepdim=True)
-            high = x.masked_fill(outside, -torch.inf).amax(2, keepdim=True)
+        low, high = (x if outside is None else x.masked_fill(outside, end) for end in (torch.inf, -torch.inf))
+        low, high = low.amin(2, keepdim=True), high.amax(2, keepdim=True)
         if count is not None:
             empty = (count == 0)[..., None, None]
             low, high = low.masked_fill(empty, 0), high.masked_fill(empty, 0)
