@@ -20,6 +20,7 @@ from tests.models import Row, prompt
 
 TEXT = ["exact", "kivi bits=2 residual=32", "mosaic bits=2", "snapkv keep=0.5 | kivi bits=4 residual=32"]
 TEXT += ["h2o tokens=40 recent=8", "zipcache gather=8", "zipvl mass=0.7 gather=8 evict=true"]
+TEXT += ["adakv keep=0.5 window=8 floor=0 | kivi bits=4 residual=32"]
 VISUAL = ["calibquant", "calibquant bits=2 | kivi bits=2 residual=32"]
 PADDED = (Row(), Row(text=31, seed=1))
 
@@ -61,7 +62,7 @@ def test_captured_is_eager_on_pictures(kind: str, text: str, gpu_device: torch.d
     assert torch.equal(ours(model, inputs, text, max_new_tokens=8), eager(model, inputs, text, max_new_tokens=8))
 
 
-@pytest.mark.parametrize("text", ["mosaic", "h2o keep=0.6", "zipcache"])
+@pytest.mark.parametrize("text", ["mosaic", "adakv keep=0.9 window=8", "h2o keep=0.6", "zipcache"])
 def test_the_next_prompt_uses_the_same_step_if_it_fits(text: str, gpu_device: torch.device) -> None:
     model = bfloat16("llama", gpu_device)
     decoder = Decoder(model, recipe(text), capacity=80, compiled=False)

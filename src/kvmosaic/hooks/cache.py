@@ -35,10 +35,16 @@ class Cache(TransformersCache):  # type: ignore[misc]
     whole_prompt: the first prompt may come in several forward passes and is selected from and stored as a whole, when the
         first single token comes or `settle` is called; until then its tokens wait, exact, with their queries. Otherwise each
         forward pass of several tokens is a prompt of its own, so that long prompts in chunks never lie in memory whole.
+    pruned_prompt: the first prompt may come in several forward passes, and its budget is one for all: after each pass what is left
+        of those before and the new tokens are selected from together, so that no more of them wait, exact, than the budget and
+        a pass. It ends as with `whole_prompt`. For selections that keep tokens in one tier and as many in each head; those that
+        evict while decoding (h2o, streaming_llm) hold a budget in tokens= without it.
     Raises UnsupportedModel, with the reason, for a model that it cannot serve.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, *, whole_prompt: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, recipe: Recipe, *, whole_prompt: bool = False, pruned_prompt: bool = False
+    ) -> None:
         from kvmosaic.hooks.attach import prepare  # attach makes caches, and a cache attaches
 
         self.recipe = recipe
@@ -64,9 +70,11 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"{recipe.name or 'the recipe'}: only a part of the rotated key channels is to be stored, and these tiers learned what "
                 "they know of all channels, or code them unrotated. Leave one of the two out"
             )
-        self._in_pieces = whole_prompt
+        self._in_pieces, self._pruned = whole_prompt or pruned_prompt, pruned_prompt
+        if pruned_prompt:
+            _check_pruning(recipe, full, whole_prompt)
         self._replay = None if recipe.selection is None else recipe.selection.replay
-        self._whole = whole_prompt or self._replay is not None
+        self._whole = self._in_pieces or self._replay is not None
         if self._whole and recipe.prefill is not None:
             raise RecipeConflict(
                 f"{recipe.name or 'the recipe'} changes how a prompt's attention is computed, so its pieces cannot wait for the "
@@ -138,8 +146,10 @@ class Cache(TransformersCache):  # type: ignore[misc]
             self.settle()
         if self._replay is not None and self._running["depth"] == 1 and not self._replaying:
             self._note(ids)
-        if self._shape is not None and not seen and not self._whole:
-            self._resolve(self._shape, batch, tokens, 0 if visual is None else int(visual.sum(1).max()))
+        if self._shape is not None and not seen and (self._pruned or not self._whole):
+            # a prompt that is pruned as it comes may be of any length
+            most = max(tokens, self._context or 2**20) if self._pruned else tokens
+            self._resolve(self._shape, batch, most, 0 if visual is None else int(visual.sum(1).max()))
         for layer in self.layers:
             if isinstance(layer, CacheLayer):
                 layer.visual = visual
@@ -205,11 +215,16 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 self._replaying = False
             self._prompt = []
         held = waiting[0].pending
-        if self._shape is not None and held is not None:
+        if self._shape is not None and held is not None and not self._pruned:
             visual = 0 if held.visual is None else int(held.visual.sum(1).max())
             self._resolve(self._shape, held.keys.shape[0], len(held), visual)
-        for layer in waiting:
-            layer.settle()
+        tiers: Sequence[Tensor | None] = [None] * len(waiting)
+        if self._replay is not None:
+            selection = waiting[0].recipe.selection
+            assert selection is not None, "it asked for the replay"
+            tiers = selection.assign_replayed(*zip(*(layer.replay_scores() for layer in waiting), strict=True))
+        for layer, tier in zip(waiting, tiers, strict=True):
+            layer.settle(tier)
 
     def activate_past_recording(self) -> None:
         self.settle()
@@ -288,7 +303,15 @@ class Cache(TransformersCache):  # type: ignore[misc]
 
     def _empty_layers(self) -> list[Any]:
         return [
-            CacheLayer(index, len(self._types), self.recipe, self._rotary, self._frequencies.get(kind), self._whole)
+            CacheLayer(
+                index,
+                len(self._types),
+                self.recipe,
+                self._rotary,
+                self._frequencies.get(kind),
+                self._whole,
+                self._pruned,
+            )
             if kind == "full_attention" and not self.recipe.is_exact
             else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for index, (kind, arguments) in enumerate(self._types)
@@ -327,6 +350,30 @@ def _lanes(recipe: Recipe, layers: Sequence[int], asked: Callable[[Lane], bool])
 def _by_channel(lane: Lane) -> bool:
     """What it writes depends on which channel a number is of."""
     return lane.pre_rope or bool(lane.codec.learned())
+
+
+def _check_pruning(recipe: Recipe, full: Sequence[int], whole_prompt: bool) -> None:
+    """Raises RecipeConflict if a prompt cannot be pruned as it comes."""
+    name = recipe.name or "the recipe"
+    if whole_prompt:
+        raise RecipeConflict(
+            "whole_prompt lets all of the prompt wait, and pruned_prompt its budget. Give one of the two"
+        )
+    if isinstance(recipe.selection, Evicting):
+        raise RecipeConflict(
+            f"{name} evicts while decoding, and while a prompt comes in pieces, too: a budget in tokens= or gigabytes= holds for all "
+            "of it. Leave pruned_prompt out"
+        )
+    if recipe.selection is None or not recipe.selection.prunes:
+        raise RecipeConflict(
+            f"{name} does not choose, head by head, as many tokens of a prompt for one tier, so it cannot be pruned as it comes. "
+            "Use for example snapkv, h2o_prefill or expected_attention, or whole_prompt=True"
+        )
+    if recipe.visual is not None or recipe.first or _lanes(recipe, full, lambda lane: lane.pre_rope):
+        raise RecipeConflict(
+            f"{name}: heads would keep visual tokens, first tokens or rotary positions of their own before these are stored. Use "
+            "whole_prompt=True, or leave out `visual`, `first` and pre_rope"
+        )
 
 
 def _check_selection(recipe: Recipe, full: Sequence[int], layers: int, channels: int) -> None:

@@ -16,7 +16,7 @@ from kvmosaic.kernels import step
 from kvmosaic.projection import NO_KERNEL
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import Evicting, Gathering, Order
-from kvmosaic.stores import EXACT, CodedStore, EvictingStore
+from kvmosaic.stores import EXACT, CodedStore, EvictingStore, RaggedStore, Store
 
 if TYPE_CHECKING:
     from kvmosaic.hooks.layer import CacheLayer
@@ -120,9 +120,9 @@ class Pinned:
         if layer.stores.keys() != other.stores.keys() or layer.batch_size != other.batch_size:
             return False
         coming, runs = _coming(other, tokens)
-        for name, store in layer.stores.items():
-            new = other.stores[name]
-            if store.room < new.needs(coming[name]) or not store.load(new):
+        for name in layer.stores:
+            store, new = _pinned(layer.stores[name]), _pinned(other.stores[name])
+            if store.room < new.needs(coming[name]) or not store.load(new):  # type: ignore[arg-type]
                 return False
             if isinstance(store, CodedStore) and store.runs_left < runs:
                 return False
@@ -161,11 +161,19 @@ def _empty(layer: CacheLayer) -> Tensor:
 
 
 def _open(layer: CacheLayer) -> None:
-    """Stores for all tiers that tokens will come to."""
+    """Stores for all tiers that tokens will come to, of all rows together, as kernels read them."""
+    for name, store in layer.stores.items():
+        if isinstance(store, RaggedStore):
+            layer.stores[name] = store.padded()
     selection, tiers = layer.recipe.selection, layer.recipe.stored_in
     for index, tier in enumerate(tiers if isinstance(selection, Gathering) else tiers[:1]):
         if f"tier {index}" not in layer.stores:
             layer.stores[f"tier {index}"] = tier.open(layer.index, _empty(layer), _empty(layer))
+
+
+def _pinned(store: Store) -> CodedStore | EvictingStore:
+    assert isinstance(store, CodedStore | EvictingStore), "opened for pinned steps (`_open`)"
+    return store
 
 
 def _coming(layer: CacheLayer, tokens: int) -> tuple[dict[str, int], int]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -30,13 +30,6 @@ class Store(Protocol):
     def attend(
         self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None
     ) -> Partial: ...
-
-    def needs(self, tokens: int) -> int: ...
-
-    @property
-    def room(self) -> int: ...
-
-    def load(self, other: Any) -> bool: ...
 
     @property
     def unverified(self) -> list[tuple[str, Tensor]]: ...
@@ -182,17 +175,21 @@ class CodedStore:
                 heads = 1 if bool((keep == keep[:, :1]).all()) else keep.shape[1]
                 order = order[:, :heads].expand(-1, -1, -1, place.shape[3])
                 place = place.expand(-1, heads, -1, -1).gather(2, order)
-        for lane, x in ((self.keys, keys), (self.values, values)):
-            if (finite := lane.finite(x)) is not None:
-                self.unverified.append((lane.role, finite))
-        if keys.device.type == "cpu":
-            self.verify()
+        self.examine(keys, values)
         even = None if count is not None else self._even.of(self.length)
         self.keys.put(keys, count, self.length, place, even)
         self.values.put(values, count, self.length, None, even)
         self.length = self.length + (keys.shape[2] if count is None else count)
         if even is not None:
             self._even = Even(self.length, even + keys.shape[2])
+
+    def examine(self, keys: Tensor, values: Tensor) -> None:
+        """Raises NotFinite if these cannot be encoded; on a GPU `verify` does."""
+        for lane, x in ((self.keys, keys), (self.values, values)):
+            if (finite := lane.finite(x)) is not None:
+                self.unverified.append((lane.role, finite))
+        if keys.device.type == "cpu":
+            self.verify()
 
     def verify(self, fine: bool = False) -> None:
         """Raises NotFinite if what has been put since the last time cannot be encoded. fine: somebody has looked, and it can."""

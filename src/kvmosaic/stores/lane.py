@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -263,6 +263,24 @@ class LaneBytes:
         self.coded.copy_(other.coded)
         self.free, self.runs = 0, other.starts.shape[2]
         return True
+
+    def join(self, rows: Sequence[LaneBytes]) -> None:
+        """Take over the tokens of lanes of one row each, [B * H] of them; every row gets the room of the longest."""
+        assert self.basis is None, "each row would know its keys by channels of its own"
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            most = max(part.shape[2] for part in parts)
+            padded = [torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[2])) for part in parts]
+            return torch.cat(padded).view(*self.coded.shape, most, parts[0].shape[3])
+
+        self.buffers = {name: joined([lane.buffers[name] for lane in rows]) for name in self.buffers}
+        self.ring, self.position = joined([lane.ring for lane in rows]), joined([lane.position for lane in rows])
+        self.coded = torch.cat([lane.coded for lane in rows]).view_as(self.coded)
+        runs = max(lane.starts.shape[2] for lane in rows)
+        # a run in which a row took no tokens is empty, and begins where the next one does
+        starts = [torch.cat([lane.starts, lane.coded[..., None].expand(-1, -1, runs)], 2) for lane in rows]
+        self.starts = torch.cat([each[:, :, :runs] for each in starts]).view(*self.coded.shape, runs)
+        self.free = 0
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy encoded tokens from slots `source` to slots `target`, [B, H, n] each; for lanes that write one by one."""
