@@ -14,6 +14,7 @@ typedef long long i64;
 #define DEVICE_MEMBER __device__ __forceinline__
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define SHARED __shared__
+#define POOL(name, bytes) extern __shared__ __align__(16) u8 name[]  // as many as the launch says, beyond 48 KiB too
 struct Words {
   u32 x, y, z, w;
 };
@@ -30,13 +31,16 @@ DEVICE void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #else
 #define KIND "f16"
 #endif
-// numbers of the model's 16-bit type into float32: A 16 x 16, B 16 x 8
-DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND
-               ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+// 16-bit numbers into float32: A 16 x 16, B 16 x 8
+#define MMA(name, kind)                                                                                     \
+  DEVICE void name(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {                         \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." kind "." kind                                     \
+                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                                  \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                   \
+  }
+MMA(mma, KIND)  // of the model's type
+MMA(mma_half, "f16")
 DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
@@ -120,6 +124,7 @@ struct Lane {            // one side of a store; a row is a KV head of a sequenc
   const u16* low;        // the same
   const u16* channel;    // [rows][runs][channels] float16, factors of channels
   const u16* exact;      // [rows][exact_room][channels] tokens as they are
+  const void* learned;   // a table of the codec: of Coupled [heads][groups][codes][channels of a group] float16
   const i64* coded;      // [rows] tokens that are codes
   const i64* starts;     // [rows][runs] first token of each run
   i64 code_stride;       // bytes of a row
