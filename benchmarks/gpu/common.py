@@ -15,7 +15,7 @@ import transformers
 import triton
 from torch import Tensor
 
-from kvmosaic.codecs import Uniform
+from kvmosaic.codecs import Coupled, Uniform
 from kvmosaic.recipe import Recipe
 from kvmosaic.stores import Coded, CodedStore, Lane
 
@@ -134,6 +134,13 @@ def kivi(bits: int, group: int = 128) -> Coded:
     """Keys by channel over `group` tokens, values by token; the newest tokens exact."""
     keys = Lane(Uniform(bits=bits, axis="channel", group=group), flush=128)
     return Coded(keys, Lane(Uniform(bits=bits, axis="token", group=None if group == 128 else group), window=128))
+
+
+def cq(heads: int, channels: int, coupled: int, bits: int = 8) -> Coded:
+    """CQ's form, rotated keys, with centroids at random."""
+    shape = (2, heads, channels // coupled, 2**bits, coupled)
+    keys, values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    return Coded(Lane(Coupled(keys)), Lane(Coupled(values)))
 
 
 def tier_of(recipe: Recipe) -> Coded:

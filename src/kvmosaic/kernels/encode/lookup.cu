@@ -40,9 +40,9 @@ struct Append {
 struct Writing {        // of one side
   Side side;
   const u16* x;         // [batch][heads][tokens][channels]
-  const i64* count;     // [rows], how many of the tokens are the row's
+  const i64* count;     // [rows], how many of the tokens are the row's; null = all
   i64 strides[3];
-  int heads;
+  int heads, tokens;
 };
 
 // byte `at` of a token's stream
@@ -134,7 +134,8 @@ KERNEL(THREADS, 4) encode(const Writing w) {
   SHARED float table[PART][COUPLED], half_norms[PART];
   SHARED u16 codes[THREADS][Keys::groups];
   const i64 row = blockIdx.x, head = row % w.heads;
-  const int first = blockIdx.y * THREADS, mine = first + threadIdx.x, count = (int)w.count[row];
+  const int first = blockIdx.y * THREADS, mine = first + threadIdx.x;
+  const int count = w.count == nullptr ? w.tokens : (int)w.count[row];
   if (first >= count) return;
   const u16* token = w.x + row / w.heads * w.strides[0] + head * w.strides[1] + (mine < count ? mine : first) * w.strides[2];
   for (int group = 0; group < Keys::groups; group++) {

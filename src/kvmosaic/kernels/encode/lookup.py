@@ -31,7 +31,7 @@ class _Append(ctypes.Structure):
 class _Writing(ctypes.Structure):
     _fields_ = [
         ("side", _Side), ("x", ctypes.c_void_p), ("count", ctypes.c_void_p), ("strides", ctypes.c_int64 * 3),
-        ("heads", ctypes.c_int32),
+        ("heads", ctypes.c_int32), ("tokens", ctypes.c_int32),
     ]  # fmt: skip
 
 
@@ -39,7 +39,7 @@ TOKENS = 128
 """Of a block of threads, one each."""
 
 
-def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
+def write(lane: LaneBytes, x: Tensor, count: Tensor | None) -> bool:
     """As `cuda.write`, for a lane of coupled channels."""
     codec = lane.lane.codec
     assert isinstance(codec, Coupled), "the caller asks"
@@ -47,7 +47,9 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor) -> bool:
     if coupled % 2 or x.shape[1:] != (heads, x.shape[2], groups * coupled) or x.dtype not in gpu.NUMBERS:
         return False
     x = x if x.stride(3) == 1 else x.contiguous()
-    arguments = _Writing(_side(lane), x.data_ptr(), count.data_ptr(), (ctypes.c_int64 * 3)(*x.stride()[:3]), heads)
+    counts = None if count is None else count.data_ptr()
+    strides = (ctypes.c_int64 * 3)(*x.stride()[:3])
+    arguments = _Writing(_side(lane), x.data_ptr(), counts, strides, heads, x.shape[2])
     macros = {"HEAD": str(x.shape[3]), "NUMBER": str(gpu.NUMBERS[x.dtype]), "APPENDS": "0", **_macros("KEY", codec)}
     grid = (x.shape[0] * heads, -(-x.shape[2] // TOKENS), 1)
     gpu.kernel("encode/lookup.cu", "encode", macros, x.device)(grid, arguments)
