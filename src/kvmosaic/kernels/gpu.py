@@ -33,7 +33,7 @@ MOST_CHANNELS = 256
 FITS = ("", "norm", "matched", "unbiased", "least")
 
 MOST_STORES = 4
-INCLUDED = ("warp.cuh", *(f"attention/{name}.cuh" for name in ("work", "exact", "combine")))
+INCLUDED = ("warp.cuh", *(f"attention/{name}.cuh" for name in ("work", "streams", "combine")))
 THREADS = 128
 """Of a block, unless a kernel says otherwise."""
 

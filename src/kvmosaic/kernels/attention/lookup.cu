@@ -12,29 +12,21 @@
 //
 // Compiled for HEAD channels, NUMBER 0 bfloat16 or 1 float16, SOFTCAP, WARPS, POOL_BYTES, and of each side BITS and COUPLED;
 // COPIES of the vectors, 0 = they are read from global memory.
-#include "attention/exact.cuh"
+#include "attention/streams.cuh"
 
-constexpr int THREADS = 32 * WARPS, ROWS = 4, TOKENS = 32;  // a warp takes so many tokens at a time
 constexpr int KEY_CODES = 1 << KEY_BITS, KEY_GROUPS = HEAD / KEY_COUPLED, KEY_BYTES = (KEY_GROUPS * KEY_BITS + 7) / 8;
 constexpr int VALUE_CODES = 1 << VALUE_BITS, VALUE_GROUPS = HEAD / VALUE_COUPLED;
 constexpr int VALUE_BYTES = (VALUE_GROUPS * VALUE_BITS + 7) / 8;
-constexpr int WORDS = HEAD / 16, TILES = (WORDS + 1) / 2;  // pairs of channels of a lane; products
 constexpr bool WIDE = HEAD % 64 == 0 && (VALUE_COUPLED == 2 || VALUE_COUPLED == 4 || VALUE_COUPLED == 8);
 constexpr int RUN = WIDE ? VALUE_COUPLED : 2, RUNS = HEAD / 8 / RUN;  // neighbouring channels that a lane reads at once
 constexpr bool TURNS = WIDE && (RUNS & (RUNS - 1)) == 0;
 constexpr int APART = 16 / RUN * RUNS;  // groups that lanes of one access read, of which each copy has its own banks
 constexpr int STEPS = 32767;            // of a score
-constexpr float SLACK = 8.f;            // how far logits may exceed the maximum that probabilities are relative to
 
 constexpr int SCORES_AT = 0, VECTORS_AT = SCORES_AT + KEY_CODES * KEY_GROUPS * 8;
 constexpr int WARPS_AT = VECTORS_AT + COPIES * VALUE_CODES * HEAD * 2;
-constexpr int STAGE = TOKENS * (KEY_BYTES + VALUE_BYTES), WARP_BYTES = 2 * STAGE + TOKENS * ROWS * 2;
+constexpr int STAGES = 2 * TOKENS * (pitch(KEY_BYTES) + pitch(VALUE_BYTES)), WARP_BYTES = STAGES + TOKENS * ROWS * 2;
 static_assert(WARPS_AT + WARPS * WARP_BYTES <= POOL_BYTES && WARPS * ROWS * HEAD * 4 <= POOL_BYTES, "as lookup.py counts");
-
-template <int N>
-struct alignas(N % 4 == 0 ? 16 : N % 2 == 0 ? 8 : 4) Vector {
-  u32 word[N];
-};
 
 // code `group` of a token, whose stream of bits begins at `from`
 template <int BITS>
@@ -189,118 +181,46 @@ DEVICE void read_vectors(const Work& w, i64 head, const u8* pool, const u8* code
   if (WORDS % 2) words[WORDS] = 0;
 }
 
-DEVICE void attend_codes(const Work& w, i64 row, const float* query, u8* pool, float (&most)[ROWS], float (&sum)[ROWS],
-                         float (&out)[TILES][4]) {
+DEVICE void attend_codes(const Work& w, i64 row, const float* query, u8* pool, Sums& sums) {
   SHARED float units[ROWS], offsets[ROWS];
-  const Lane &keys = w.store.keys, &values = w.store.values;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, j = lane & 3;
+  const int lane = threadIdx.x & 31, r = lane >> 2, j = lane & 3, limit = (int)w.store.keys.coded[row];
   const i64 head = row % w.heads;
-  const int limit = (int)keys.coded[row], chunks = (limit + TOKENS - 1) / TOKENS;
-  int chunk = (int)((i64)chunks * blockIdx.x / w.splits);
-  const int end = (int)((i64)chunks * (blockIdx.x + 1) / w.splits);
-  if (chunk >= end) return;
-  u8* stages = pool + WARPS_AT + warp * WARP_BYTES;
-  u16* shares = (u16*)(stages + 2 * STAGE);  // [TOKENS][ROWS] float16
-  auto fetch_codes = [&](int of, u8* to) {
-    const u8* from[2] = {keys.codes + row * keys.code_stride + (i64)of * TOKENS * KEY_BYTES,
-                         values.codes + row * values.code_stride + (i64)of * TOKENS * VALUE_BYTES};
-    for (int x = 16 * lane; x < TOKENS * KEY_BYTES; x += 512) copy_async(to + x, from[0] + x);
-    for (int x = 16 * lane; x < TOKENS * VALUE_BYTES; x += 512) copy_async(to + TOKENS * KEY_BYTES + x, from[1] + x);
-  };
-  chunk += warp;
-  if (chunk < end) fetch_codes(chunk, stages);
-  make_tables(w, head, query, pool, units, offsets);
+  u8* stages = pool + WARPS_AT + (threadIdx.x >> 5) * WARP_BYTES;
+  u16* shares = (u16*)(stages + STAGES);  // [TOKENS][ROWS] float16
   float unit[ROWS], offset[ROWS];
+  auto prepare = [&] {
+    make_tables(w, head, query, pool, units, offsets);
 #pragma unroll
-  for (int q = 0; q < ROWS; q++) unit[q] = units[q], offset[q] = offsets[q];
-  for (int buffer = 0; chunk < end; chunk += WARPS, buffer ^= 1) {
-    const u8* stage = stages + buffer * STAGE;
-    wait_async();  // and every lane is done with the other buffer
-    if (chunk + WARPS < end) fetch_codes(chunk + WARPS, stages + (buffer ^ 1) * STAGE);
+    for (int q = 0; q < ROWS; q++) unit[q] = units[q], offset[q] = offsets[q];
+  };
+  for_each_chunk<KEY_BYTES, VALUE_BYTES>(w, row, stages, prepare, [&](int chunk, const u8* keys, const u8* values) {
     int total[ROWS] = {};
-    add_scores(pool, stage + lane * KEY_BYTES, total);
+    add_scores(pool, keys + lane * pitch(KEY_BYTES), total);
     float s[ROWS];
-    bool above = false;
 #pragma unroll
-    for (int q = 0; q < ROWS; q++) {
-      s[q] = (float)total[q] * unit[q] + offset[q];
-      if (SOFTCAP) s[q] = w.softcap * tanhf(s[q] / w.softcap);
-      if (chunk * TOKENS + lane >= limit) s[q] = -infinity();
-      above |= s[q] > most[q] + SLACK;
-    }
-    if (any(above)) {
-      float mine = 1.f;  // of head j
-#pragma unroll
-      for (int q = 0; q < ROWS; q++) {
-        float now = fmaxf(most[q], s[q]);
-#pragma unroll
-        for (int far = 1; far < 32; far *= 2) now = fmaxf(now, shuffle_xor(now, far));
-        const float old = exp2_fast(most[q] - now);
-        most[q] = now, sum[q] *= old;
-        if (q == j) mine = old;
-      }
-#pragma unroll
-      for (int x = 0; x < TILES; x++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) out[x][e] *= mine;
-    }
+    for (int q = 0; q < ROWS; q++) s[q] = (float)total[q] * unit[q] + offset[q];
+    sums.weigh(w, chunk * TOKENS + lane < limit, s);
     u32 p[ROWS];
 #pragma unroll
-    for (int q = 0; q < ROWS; q++) {
-      const float share = exp2_fast(s[q] - most[q]);
-      sum[q] += share, p[q] = float_to_half(share);
-    }
+    for (int q = 0; q < ROWS; q++) p[q] = float_to_half(s[q]);
     ((Vector<2>*)shares)[lane] = Vector<2>{p[0] | p[1] << 16, p[2] | p[3] << 16};
     warp_barrier();
 #pragma unroll
     for (int first = 0; first < TOKENS; first += 8) {
       const int t = first + j;
       u32 a[2 * TILES], b[2 * TILES];
-      const u8* codes = stage + TOKENS * KEY_BYTES + t * VALUE_BYTES;
-      read_vectors(w, head, pool, codes, a);
-      read_vectors(w, head, pool, codes + 4 * VALUE_BYTES, b);
+      read_vectors(w, head, pool, values + t * pitch(VALUE_BYTES), a);
+      read_vectors(w, head, pool, values + (t + 4) * pitch(VALUE_BYTES), b);
       const u16* share = shares + t * ROWS + (r >> 1);
       const u32 p0 = (u32)share[0] << (16 * (r & 1)), p1 = (u32)share[4 * ROWS] << (16 * (r & 1));
 #pragma unroll
-      for (int x = 0; x < TILES; x++) mma_half(out[x], a[2 * x], a[2 * x + 1], b[2 * x], b[2 * x + 1], p0, p1);
+      for (int x = 0; x < TILES; x++) mma_half(sums.out[x], a[2 * x], a[2 * x + 1], b[2 * x], b[2 * x + 1], p0, p1);
     }
-  }
+  });
 }
 
 KERNEL(THREADS, 1) attend(const Work w) {
   POOL(pool, POOL_BYTES);
-  SHARED float query[ROWS * HEAD], mosts[WARPS][ROWS], sums[WARPS][ROWS];
-  const i64 row = blockIdx.y;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, r = lane >> 2, j = lane & 3;
-  for (int x = threadIdx.x; x < ROWS * HEAD; x += THREADS)
-    query[x] = query_number(w, w.query.rows, row, blockIdx.z * ROWS + x / HEAD, x % HEAD);
-  barrier();
-  float most[ROWS], sum[ROWS];
-#pragma unroll
-  for (int q = 0; q < ROWS; q++) most[q] = LEAST, sum[q] = 0.f;
-  float* outs = (float*)pool + warp * ROWS * HEAD;
-  if (blockIdx.x == w.splits) {
-    attend_exact<WARPS, ROWS>(w, row, query, most, sum, outs);
-  } else {
-    float out[TILES][4] = {};
-    attend_codes(w, row, query, pool, most, sum, out);
-    barrier();  // what follows lies where the tables lay
-#pragma unroll
-    for (int q = 0; q < ROWS; q++)
-#pragma unroll
-      for (int far = 1; far < 32; far *= 2) sum[q] += shuffle_xor(sum[q], far);
-#pragma unroll
-    for (int x = 0; x < WORDS; x++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int channel = WIDE ? r * (HEAD / 8) + 2 * x : 16 * x + 2 * r;
-        outs[j * HEAD + channel + half] = out[x / 2][2 * (x % 2) + half];
-      }
-  }
-  if (lane == 0) {
-#pragma unroll
-    for (int q = 0; q < ROWS; q++) mosts[warp][q] = most[q], sums[warp][q] = sum[q];
-  }
-  barrier();
-  write_part<WARPS, ROWS>(w, row, mosts[0], sums[0], (const float*)pool);
+  attend_part(w, pool, [&](i64 row, const float* query, Sums& sums) { attend_codes(w, row, query, pool, sums); },
+              [](int x, int r) { return WIDE ? r * (HEAD / 8) + 2 * x : 16 * x + 2 * r; });
 }

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 from kvmosaic.codecs import Codec, Coupled
 from kvmosaic.kernels import gpu
-from kvmosaic.kernels.attention.plan import Plan
+from kvmosaic.kernels.attention.plan import QUERIES, TOKENS, Plan, pitch
 
 if TYPE_CHECKING:
     from kvmosaic.stores.lane import Lane, LaneBytes
 
-QUERIES = 4
-TOKENS = 32
 MOST_COPIES = 4
 DECLARED = 12 * 1024
 """Bytes of shared memory that lookup.cu declares, at most: queries, maxima, what tables are made from."""
@@ -74,7 +72,7 @@ def _layout(keys: Codec, values: Codec, channels: int, most: int) -> tuple[int, 
     nothing does."""
     assert isinstance(keys, Coupled) and isinstance(values, Coupled), "asked before"
     scores = keys.centroids.shape[1] * 2**keys.bits * 8
-    codes = sum(-(-codec.centroids.shape[1] * codec.bits // 8) for codec in (keys, values))
+    codes = sum(pitch(-(-codec.centroids.shape[1] * codec.bits // 8)) for codec in (keys, values))
     a_warp = TOKENS * (2 * codes + 2 * QUERIES)
     for copies, warps in product(_copies(channels, values.centroids.shape[3]), (16, 8, 4)):
         tables = scores + copies * 2**values.bits * channels * 2

@@ -2,6 +2,14 @@
 
 from dataclasses import dataclass
 
+QUERIES, TOKENS = 4, 32
+"""Of a block of threads and of a warp, where codes lie token by token (streams.cuh)."""
+
+
+def pitch(size: int) -> int:
+    """As in streams.cuh: bytes from one token's codes to the next in shared memory."""
+    return size + 16 if size % 32 == 0 else size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
