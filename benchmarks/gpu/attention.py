@@ -17,6 +17,7 @@ from common import (
     cq,
     graphed,
     kivi,
+    kvquant,
     machine,
     microseconds,
     nbytes,
@@ -53,6 +54,7 @@ def forms(heads: int = 8, channels: int = 128) -> dict[str, Coded]:
             for bits in (4, 2, 1)
         },
         **{f"cq {coupled}c{bits}b": cq(heads, channels, coupled, bits) for coupled, bits in ((8, 8), (4, 8), (8, 10))},
+        **{f"kvquant {bits}": kvquant(heads, channels, bits) for bits in (4, 3, 2)},
         "runs 1, calibrated": Coded(by_run(1).keys, by_run(1).values, Affine()),
         "runs 2, calibrated": Coded(by_run(2).keys, by_run(2).values, Affine()),
     }

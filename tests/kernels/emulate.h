@@ -148,6 +148,10 @@ static inline u16 float_to_half(float x) {
   memcpy(&z, &y, 2);
   return z;
 }
+static inline u32 add_halves(u32 a, u32 b) {
+  const float low = half_to_float((u16)a) + half_to_float((u16)b), high = half_to_float((u16)(a >> 16)) + half_to_float((u16)(b >> 16));
+  return float_to_half(low) | (u32)float_to_half(high) << 16;
+}
 static inline float number_to_float(u16 x) {
 #if NUMBER == 0
   return __uint_as_float((u32)x << 16);

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvmosaic.codecs import Codec, Coupled, Exact, Rotated, Sphere, Uniform, sphere_levels
+from kvmosaic.codecs import Codec, Coupled, Exact, Levels, Rotated, Sphere, Uniform, sphere_levels
 from kvmosaic.kernels.layout import Role
 
 if TYPE_CHECKING:
@@ -46,9 +46,27 @@ class Lane(ctypes.Structure):
     """`struct Lane` of warp.cuh."""
 
     _fields_ = [
-        *((name, _pointer) for name in ("codes", "scale", "low", "channel", "exact", "learned", "coded", "starts")),
+        *(
+            (name, _pointer)
+            for name in (
+                "codes",
+                "scale",
+                "low",
+                "channel",
+                "exact",
+                "learned",
+                "restored",
+                "where",
+                "missing",
+                "position",
+                "turns",
+                "coded",
+                "starts",
+            )
+        ),
         *((name, _int64) for name in ("code_stride", "entry_stride", "exact_room")),
-        *((name, _int) for name in ("ring", "runs")),
+        *((name, _int) for name in ("ring", "runs", "position_room", "position_heads")),
+        ("stretch", ctypes.c_float),
     ]
 
 
@@ -155,13 +173,26 @@ def describe(lane: LaneBytes) -> Lane:
         codes = lane.buffers["codes"]
         described.code_stride = codes.shape[2] * codes.shape[3]
         described.starts = lane.starts.data_ptr()
-        for name in ("codes", "scale", "low", "channel"):
+        for name in ("codes", "scale", "low", "channel", "where", "missing"):
             if name in lane.buffers:
                 setattr(described, name, lane.buffers[name].data_ptr())
         if "scale" in lane.buffers:
             described.entry_stride = lane.buffers["scale"].shape[2] * lane.buffers["scale"].shape[3]
-        if isinstance(lane.lane.codec, Coupled):
-            described.learned = lane.lane.codec.centroids.data_ptr()
+        codec = lane.lane.codec
+        if isinstance(codec, Coupled):
+            described.learned = codec.centroids.data_ptr()
+        if isinstance(codec, Levels):
+            described.restored = codec.restored.data_ptr()
+            if codec.ranges is None:
+                described.scale = lane.buffers["range"].data_ptr()
+            else:
+                described.learned = codec.ranges.data_ptr()
+        if lane.rotary is not None:
+            plain = lane.rotary.plain(lane.channels, lane.coded.device)
+            assert plain is not None, "asked before"
+            described.turns, described.stretch = plain[0].data_ptr(), plain[1]
+            described.position = lane.position.data_ptr()
+            described.position_heads, described.position_room = lane.position.shape[1:3]
     described.exact, described.exact_room = exact.data_ptr(), exact.shape[2]
     return described
 

@@ -91,6 +91,11 @@ DEVICE u32 permute(u32 low, u32 high, u32 selector) {
   asm("prmt.b32 %0,%1,%2,%3;" : "=r"(y) : "r"(low), "r"(high), "r"(selector));
   return y;
 }
+DEVICE u32 add_halves(u32 a, u32 b) {  // two float16
+  u32 y;
+  asm("add.rn.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
 DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
@@ -124,7 +129,12 @@ struct Lane {            // one side of a store; a row is a KV head of a sequenc
   const u16* low;        // the same
   const u16* channel;    // [rows][runs][channels] float16, factors of channels
   const u16* exact;      // [rows][exact_room][channels] tokens as they are
-  const void* learned;   // a table of the codec: of Coupled [heads][groups][codes][channels of a group] float16
+  const void* learned;   // float16: of Coupled [heads][groups][codes][channels of a group]; of Levels [2][heads][channels], ranges
+  const float* restored; // of Levels [codes]
+  const u8* where;       // of Levels [rows][slots][outliers] channels
+  const u16* missing;    // the same, float16
+  const int* position;   // [rows or sequences][position_room], of keys before their rotary positions
+  const float* turns;    // [channels / 2] radians a place, of channels i and i + channels / 2
   const i64* coded;      // [rows] tokens that are codes
   const i64* starts;     // [rows][runs] first token of each run
   i64 code_stride;       // bytes of a row
@@ -132,6 +142,8 @@ struct Lane {            // one side of a store; a row is a KV head of a sequenc
   i64 exact_room;
   int ring;              // token t lies in exact at t % ring; 0: at t
   int runs;
+  int position_room, position_heads;  // heads: 1 = all of a sequence's are alike
+  float stretch;         // of rotated keys
 };
 
 struct Store {

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kvmosaic.codecs import Coupled
+from kvmosaic.codecs import Coupled, Levels
 from kvmosaic.codecs.rotated import rotation
 from kvmosaic.kernels import gpu
-from kvmosaic.kernels.attention import lookup
+from kvmosaic.kernels.attention import levels, lookup
 from kvmosaic.kernels.attention.partial import Partial
 from kvmosaic.kernels.attention.plan import Plan
 from kvmosaic.kernels.attention.reference import Affine
@@ -58,6 +58,8 @@ class _Work(ctypes.Structure):
 
 def why_not(keys: Lane, values: Lane, channels: int, affine: bool = False) -> str | None:
     """Why the kernels cannot serve a store of these lanes; None if they can."""
+    if isinstance(keys.codec, Levels) or isinstance(values.codec, Levels):
+        return levels.why_not(keys, values, channels, affine)
     if keys.pre_rope:
         return "keys that are rotated as they are read"
     if isinstance(keys.codec, Coupled) or isinstance(values.codec, Coupled):
@@ -106,6 +108,7 @@ def serves(source: Source) -> bool:
     keys, values = source.keys, source.values
     return (
         keys.channels == values.channels
+        and (keys.rotary is None or keys.rotary.plain(keys.channels, keys.coded.device) is not None)
         and keys.ring.dtype in gpu.NUMBERS
         and why_not(keys.lane, values.lane, keys.channels, source.affine is not None) is None
     )
@@ -215,6 +218,8 @@ def _plan(source: Source, count: int, softcap: float | None) -> Plan:
     keys, values = source.keys, source.values
     if isinstance(keys.lane.codec, Coupled):
         return lookup.plan(keys, values, count, softcap)
+    if isinstance(keys.lane.codec, Levels):
+        return levels.plan(keys, values, count, softcap)
     forms = gpu.form(keys.lane.codec, "keys", keys.channels), gpu.form(values.lane.codec, "values", keys.channels)
     assert isinstance(forms[0], gpu.Form) and isinstance(forms[1], gpu.Form), "only asked of lanes that are served"
     tiles = 1 if count <= 4 else 2

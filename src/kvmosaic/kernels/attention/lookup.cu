@@ -28,16 +28,6 @@ constexpr int WARPS_AT = VECTORS_AT + COPIES * VALUE_CODES * HEAD * 2;
 constexpr int STAGES = 2 * TOKENS * (pitch(KEY_BYTES) + pitch(VALUE_BYTES)), WARP_BYTES = STAGES + TOKENS * ROWS * 2;
 static_assert(WARPS_AT + WARPS * WARP_BYTES <= POOL_BYTES && WARPS * ROWS * HEAD * 4 <= POOL_BYTES, "as lookup.py counts");
 
-// code `group` of a token, whose stream of bits begins at `from`
-template <int BITS>
-DEVICE int code_at(const u8* from, int group) {
-  if constexpr (BITS == 8) return from[group];
-  const int bit = group * BITS;
-  u32 x = from[bit >> 3] | (u32)from[(bit >> 3) + 1] << 8;
-  if (BITS > 9) x |= (u32)from[(bit >> 3) + 2] << 16;
-  return (int)(x >> (bit & 7) & ((1u << BITS) - 1));
-}
-
 // products of the queries with a centroid of the keys
 DEVICE void products(const Work& w, i64 head, const float* query, int group, int code, float (&s)[ROWS]) {
   using Centroid = Vector<KEY_COUPLED / 2>;
@@ -183,7 +173,7 @@ DEVICE void read_vectors(const Work& w, i64 head, const u8* pool, const u8* code
 
 DEVICE void attend_codes(const Work& w, i64 row, const float* query, u8* pool, Sums& sums) {
   SHARED float units[ROWS], offsets[ROWS];
-  const int lane = threadIdx.x & 31, r = lane >> 2, j = lane & 3, limit = (int)w.store.keys.coded[row];
+  const int lane = threadIdx.x & 31, j = lane & 3, limit = (int)w.store.keys.coded[row];
   const i64 head = row % w.heads;
   u8* stages = pool + WARPS_AT + (threadIdx.x >> 5) * WARP_BYTES;
   u16* shares = (u16*)(stages + STAGES);  // [TOKENS][ROWS] float16
@@ -199,7 +189,7 @@ DEVICE void attend_codes(const Work& w, i64 row, const float* query, u8* pool, S
     float s[ROWS];
 #pragma unroll
     for (int q = 0; q < ROWS; q++) s[q] = (float)total[q] * unit[q] + offset[q];
-    sums.weigh(w, chunk * TOKENS + lane < limit, s);
+    sums.weigh(w, chunk * TOKENS + lane < limit, s, [](int, float) {});
     u32 p[ROWS];
 #pragma unroll
     for (int q = 0; q < ROWS; q++) p[q] = float_to_half(s[q]);
@@ -211,10 +201,7 @@ DEVICE void attend_codes(const Work& w, i64 row, const float* query, u8* pool, S
       u32 a[2 * TILES], b[2 * TILES];
       read_vectors(w, head, pool, values + t * pitch(VALUE_BYTES), a);
       read_vectors(w, head, pool, values + (t + 4) * pitch(VALUE_BYTES), b);
-      const u16* share = shares + t * ROWS + (r >> 1);
-      const u32 p0 = (u32)share[0] << (16 * (r & 1)), p1 = (u32)share[4 * ROWS] << (16 * (r & 1));
-#pragma unroll
-      for (int x = 0; x < TILES; x++) mma_half(sums.out[x], a[2 * x], a[2 * x + 1], b[2 * x], b[2 * x + 1], p0, p1);
+      sums.mix(shares + t * ROWS, a, b);
     }
   });
 }

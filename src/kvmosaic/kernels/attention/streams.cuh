@@ -16,6 +16,16 @@ struct alignas(N % 4 == 0 ? 16 : N % 2 == 0 ? 8 : 4) Vector {
 // bytes from one token's codes to the next in shared memory: lanes that read 16 of their own meet in no bank
 DEVICE constexpr int pitch(int bytes) { return bytes % 32 == 0 ? bytes + 16 : bytes; }
 
+// code `group` of a token, whose stream of bits begins at `from`
+template <int BITS>
+DEVICE int code_at(const u8* from, int group) {
+  if constexpr (BITS == 8) return from[group];
+  const int bit = group * BITS;
+  u32 x = from[bit >> 3] | (u32)from[(bit >> 3) + 1] << 8;
+  if (BITS > 9) x |= (u32)from[(bit >> 3) + 2] << 16;
+  return (int)(x >> (bit & 7) & ((1u << BITS) - 1));
+}
+
 // 32 tokens' codes of one side, on their way
 template <int BYTES>
 DEVICE void fetch_codes(const Lane& lane, i64 row, int chunk, u8* to) {
@@ -54,8 +64,9 @@ struct Sums {
 #pragma unroll
     for (int q = 0; q < ROWS; q++) most[q] = LEAST, sum[q] = 0.f;
   }
-  // logits (base 2, before the cap) of this lane's token to probabilities relative to `most`
-  DEVICE_MEMBER void weigh(const Work& w, bool real, float (&s)[ROWS]) {
+  // logits (base 2, before the cap) of this lane's token to probabilities relative to `most`; changed(query, factor) where that grows
+  template <class Changed>
+  DEVICE_MEMBER void weigh(const Work& w, bool real, float (&s)[ROWS], Changed changed) {
     bool above = false;
 #pragma unroll
     for (int q = 0; q < ROWS; q++) {
@@ -73,12 +84,22 @@ struct Sums {
         for (int far = 1; far < 32; far *= 2) now = fmaxf(now, shuffle_xor(now, far));
         const float old = exp2_fast(most[q] - now);
         most[q] = now, sum[q] *= old;
+        changed(q, old);
         if (q == j) mine = old;
       }
       rescale(mine);
     }
 #pragma unroll
     for (int q = 0; q < ROWS; q++) s[q] = exp2_fast(s[q] - most[q]), sum[q] += s[q];
+  }
+  // pairs of channels a of a token j and b of the fourth after it, with their probabilities [ROWS] float16. A row of the product is a
+  // pair, a column of it one channel of the pair in one token; columns of the probabilities are a query's for a pair's first
+  // channel and for its second, with zeros where the other's numbers are
+  DEVICE_MEMBER void mix(const u16* shares, const u32 (&a)[2 * TILES], const u32 (&b)[2 * TILES]) {
+    const int r = (threadIdx.x & 31) >> 2;
+    const u32 one = (u32)shares[r >> 1] << (16 * (r & 1)), other = (u32)shares[4 * ROWS + (r >> 1)] << (16 * (r & 1));
+#pragma unroll
+    for (int x = 0; x < TILES; x++) mma_half(out[x], a[2 * x], a[2 * x + 1], b[2 * x], b[2 * x + 1], one, other);
   }
   DEVICE_MEMBER void rescale(float by) {
 #pragma unroll
