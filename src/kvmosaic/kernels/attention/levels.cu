@@ -99,7 +99,7 @@ DEVICE void add_logits(const Work& w, const u8* pool, const Four* query, const u
     }
     const Four qa = query[i], qb = query[i + HALF];
 #pragma unroll
-    for (int q = 0; q < ROWS; q++) s[q] += qa.x[q] * a + qb.x[q] * b;
+    for (int q = 0; q < ROWS; q++) s[q] += qa.x[q] * a, s[q] += qb.x[q] * b;  // two fused operations
   };
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {

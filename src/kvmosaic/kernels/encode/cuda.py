@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvmosaic.codecs import Codec, Coupled, Rotated, Uniform
+from kvmosaic.codecs import Codec, Coupled, Levels, Rotated, Uniform
 from kvmosaic.codecs.rotated import rotation
 from kvmosaic.kernels import gpu
 from kvmosaic.kernels.encode import lookup
@@ -138,6 +138,8 @@ def why_not(codec: Codec, role: str, channels: int) -> str | None:
     """Why `append` cannot write a lane, beyond what attention says of it; None if it can."""
     if isinstance(codec, Coupled):
         return None
+    if isinstance(codec, Levels):
+        return "a token's learned levels and outliers are found by PyTorch"
     form = gpu.form(codec, "keys" if role == "keys" else "values", channels)
     if isinstance(form, str):
         return form
