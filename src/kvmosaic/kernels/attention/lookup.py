@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvmosaic.stores.lane import Lane, LaneBytes
 
 MOST_COPIES = 4
-DECLARED = 12 * 1024
+DECLARED = 9 * 1024
 """Bytes of shared memory that lookup.cu declares, at most: queries, maxima, what tables are made from."""
 
 OVERHEAD = 40 * 1024
@@ -74,7 +74,7 @@ def _layout(keys: Codec, values: Codec, channels: int, most: int) -> tuple[int, 
     scores = keys.centroids.shape[1] * 2**keys.bits * 8
     codes = sum(pitch(-(-codec.centroids.shape[1] * codec.bits // 8)) for codec in (keys, values))
     a_warp = TOKENS * (2 * codes + 2 * QUERIES)
-    for copies, warps in product(_copies(channels, values.centroids.shape[3]), (16, 8, 4)):
+    for copies, warps in product(_copies(channels, values.centroids.shape[3]), (16, 12, 8, 4)):
         tables = scores + copies * 2**values.bits * channels * 2
         pool = max(tables + warps * a_warp, 4 * warps * QUERIES * channels)
         if pool + DECLARED <= most:
