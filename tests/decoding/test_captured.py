@@ -174,7 +174,7 @@ def test_a_step_compiles_to_one_graph_without_breaks(
         return graph.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile(f, backend=counting, fullgraph=True, **options))
+    monkeypatch.setattr(torch, "compile", lambda f, options: compile(f, backend=counting, fullgraph=True))
     for _ in range(2):
         said = kvmosaic.generate(
             model, method=recipe("mosaic"), compiled=True, max_new_tokens=5, do_sample=False, **inputs
