@@ -18,7 +18,7 @@ def test_a_front_holds_what_no_other_beats_in_both() -> None:
 
 def test_budgets_of_a_method_share_a_label() -> None:
     assert (
-        selection.label("kvzip floor=0.1 keep=0.5") == selection.label("kvzip floor=0.1 keep=0.2") == "kvzip floor=0.1"
+        selection.label("kvzip floor=1.0 keep=0.5") == selection.label("kvzip floor=1.0 keep=0.2") == "kvzip floor=1.0"
     )
     equal, own = (selection.label(each) for each in selection.layers("mosaic-lm")[::2])
     assert (equal, own) == ("xkv, equal layers", "xkv")

@@ -31,12 +31,12 @@ CASES = {"1 x 4k": (1, 4096), "1 x 32k": (1, 32768), "32 x 8k": (32, 8192)}
 RECIPES = ["exact", "kivi bits=4 group=128", "kivi bits=2 group=128", "kivi bits=2", "mosaic bits=2"]
 
 
-def random_model() -> LlamaForCausalLM:
+def random_model(config: LlamaConfig = CONFIG) -> LlamaForCausalLM:
     """Numbers of a trained model's size, so that nothing overflows; in bfloat16 on the GPU."""
     with torch.device("cuda"):
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(CONFIG).eval().requires_grad_(False)
+        model = LlamaForCausalLM(config).eval().requires_grad_(False)
         torch.set_default_dtype(before)
     model.generation_config = GenerationConfig(pad_token_id=0)
     return model

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.quality import machine
 from benchmarks.tables import markdown, replace_part
@@ -40,18 +39,19 @@ OURS = {
     "AdaKV(SnapKV)": f"adakv {WINDOW}",
     "ExpectedAttention": "expected_attention keep={keep} epsilon=0",
     "AdaKV(ExpectedAttention)": "adakv scorer=expected_attention keep={keep}",
-    "KVzip": "kvzip keep={keep} floor=0",
+    "KVzip": "kvzip keep={keep}",
     "ThinK": "think pruned={pruned}",
     "bits in place of tokens": "mosaic bits=2",
 }
 """kvpress's names, and what we run beside each."""
 
 TASKS = {  # label: examples, and whether each question is part of its context
-    "lines lines=40 questions=8": (6, False),
+    "lines lines=40 questions=8": (4, False),
     "lines lines=40 questions=4": (8, True),
-    "needle sentences=40 needles=8 questions=8": (6, False),
-    "text": (8, False),
+    "needle sentences=40 needles=8 questions=8": (4, False),
+    "text": (4, False),
 }
+LIBRARIES = ["kvpress", "kvmosaic"]
 CONTEXT, CONTINUATION = 768, 128  # tokens of each text
 
 
@@ -92,10 +92,13 @@ def score(opened: Opened, text: str, asked: list[dict[str, Any]]) -> dict[str, A
         cache = Cache(opened.model, methods.parse(text))
         opened.model(input_ids=context, past_key_values=cache, logits_to_keep=1)
         found["held"].append(cache.nbytes())
-        for turn in example["turns"]:
-            prompt: Tensor = torch.tensor([turn["prompt"]])
-            (written,), _ = harness.answer(opened, cache, [prompt], [len(turn["answer"])])
-            found["written"].append(written)
+        written: dict[int, list[int]] = {}
+        for size in {len(turn["prompt"]) for turn in example["turns"]}:  # turns of one length at a time
+            some = {at: turn for at, turn in enumerate(example["turns"]) if len(turn["prompt"]) == size}
+            prompts = [torch.tensor([turn["prompt"]]) for turn in some.values()]
+            answers, _ = harness.answer(opened, cache, prompts, [len(turn["answer"]) for turn in some.values()])
+            written |= zip(some, answers, strict=True)
+        found["written"] += [answer for _, answer in sorted(written.items())]
         if example["continuation"]:
             more = torch.tensor([example["continuation"]])
             logits = opened.model(input_ids=more, past_key_values=cache).logits[0].float()
@@ -134,6 +137,13 @@ def kvpress(model: str, tasks: dict[str, Any], keeps: list[float]) -> list[dict[
     return found
 
 
+def place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a row stands, however they came."""
+    task, methods = row["task"].removesuffix(", asked in the context"), ["all", *OURS]
+    library, method = LIBRARIES.index(row["library"]), methods.index(row["method"])
+    return row["model"], list(TASKS).index(task), library, method, -row["keep"]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Of one task: kvpress's score and bytes, and ours beside them."""
     by = {(each["library"], each["method"], each["keep"]): each for each in rows}
@@ -154,7 +164,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return f"### {first['model']}: {first['task']}\n\n{metric}, n = {first['n']:,}; {exact}.\n\n{markdown(lines)}"
 
 
-def measure(name: str, labels: list[str], keeps: list[float]) -> list[dict[str, Any]]:
+def measure(name: str, labels: list[str], keeps: list[float], libraries: list[str]) -> list[dict[str, Any]]:
     opened = open_quietly(name)
     tasks = {}
     for label in labels:
@@ -167,9 +177,9 @@ def measure(name: str, labels: list[str], keeps: list[float]) -> list[dict[str, 
         row = {"task": task, "method": method, "keep": keep, "library": library, "recipe": recipe}
         rows.append(row | columns(opened, tasks[task], found) | setting)
 
-    for each in kvpress(name, tasks, keeps):
+    for each in kvpress(name, tasks, keeps) if "kvpress" in libraries else ():
         add("kvpress", each["task"], each["method"], each["keep"], each, None)
-    for task, asked in tasks.items():
+    for task, asked in tasks.items() if "kvmosaic" in libraries else ():
         add("kvmosaic", task, "all", 1.0, score(opened, "exact", asked), "exact")
         for method, text in OURS.items():
             for keep in keeps if "{" in text else [1.0]:
@@ -183,12 +193,15 @@ def main() -> None:
     parser.add_argument("--model", default="mosaic-lm")
     parser.add_argument("--keeps", type=float, nargs="*", default=[0.5, 0.25])
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), help="rows of others are kept")
+    parser.add_argument(
+        "--libraries", nargs="*", choices=LIBRARIES, default=LIBRARIES, help="rows of the other are kept"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    found = measure(arguments.model, arguments.tasks, arguments.keeps)
-    again = {(row["model"], row["task"]) for row in found}
-    rows = [row for row in rows if (row["model"], row["task"]) not in again] + found
+    found = measure(arguments.model, arguments.tasks, arguments.keeps, arguments.libraries)
+    again = {place(row) for row in found}
+    rows = sorted([row for row in rows if place(row) not in again] + found, key=place)
     with whole_file(RESULTS) as part:
         part.write_text(json.dumps(rows, indent=1) + "\n")
     groups = dict.fromkeys((row["model"], row["task"]) for row in rows)

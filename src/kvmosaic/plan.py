@@ -101,7 +101,8 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
     """Of one sequence of `tokens` tokens, `visual` of them visual in `pictures` runs, right after its prefill, without
     `learned_bytes`.
 
-    A sliding layer is counted as it is a step later: until then it holds on to the whole prompt.
+    A sliding layer is counted as it is a step later: until then it holds on to the whole prompt. Where heads compete for
+    tokens, as many bytes as they can take at most, whatever each wins.
     """
     total = 0
     first = min(recipe.first or 0, tokens)
@@ -114,7 +115,7 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
         if recipe.selection is not None:
             counts = recipe.selection.expected(tokens, layer, len(shape.kinds))
         if first:  # taken to be kept by the selection, and not visual
-            total += _store_bytes(shape, recipe.first_in, recipe, layer, first, 1)
+            total += _store_bytes(shape, recipe.first_in, recipe, layer, first, first, 1)
             counts = (max(0, counts[0] - first), *counts[1:])
         # visual tokens are taken to be kept as often as others, and to go to no tier but theirs
         shown = visual if recipe.visual is not None else 0
@@ -122,11 +123,11 @@ def cache_bytes(shape: Shape, recipe: Recipe, tokens: int, visual: int = 0, pict
         if shown:
             assert recipe.visual is not None, "just checked"
             runs = pictures if recipe.visual_by_picture else 1
-            total += _store_bytes(shape, recipe.visual, recipe, layer, shown, runs)
+            total += _store_bytes(shape, recipe.visual, recipe, layer, shown, visual, runs)
         for tier, count in zip(recipe.stored_in, counts, strict=True):
             rest = round(count * (1 - shown / max(sum(counts), 1)))
             if rest:
-                total += _store_bytes(shape, tier, recipe, layer, rest, 1)
+                total += _store_bytes(shape, tier, recipe, layer, rest, tokens, 1)
         if recipe.projection is not None:
             total += shape.heads * recipe.projection.nbytes(shape.channels)
         if isinstance(recipe.selection, Evicting):  # a place and a score for each slot, two counts for each sequence
@@ -148,31 +149,46 @@ def resolve(recipe: Recipe, shape: Shape, batch: int, tokens: int, visual: int =
     return replace(recipe, selection=recipe.selection.resolved(tokens, visual, nbytes))
 
 
-def _store_bytes(shape: Shape, tier: Tier, recipe: Recipe, layer: int, tokens: int, runs: int) -> int:
+def _store_bytes(shape: Shape, tier: Tier, recipe: Recipe, layer: int, tokens: int, most: int, runs: int) -> int:
+    """tokens: in the mean over heads, of which none holds more than `most`."""
     keys, values = tier.lanes(layer)
     stored = shape.channels if recipe.projection is None else recipe.projection.size(shape.channels)
-    lanes = _lane_bytes(shape, keys, stored, tokens, runs) + _lane_bytes(shape, values, shape.channels, tokens, runs)
+    bound = most if recipe.selection is not None and recipe.selection.uneven else None
+    lanes = _lane_bytes(shape, keys, stored, tokens, runs, bound)
+    lanes += _lane_bytes(shape, values, shape.channels, tokens, runs, bound)
     places = 0
     if keys.pre_rope:  # with a selection, heads hold tokens of their own
-        places = -(-tokens // 32) * 32 * 4 * shape.ids * (1 if recipe.selection is None else shape.heads)
+        slots = tokens if bound is None else min(bound, tokens + 31)
+        places = -(-slots // 32) * 32 * 4 * shape.ids * (1 if recipe.selection is None else shape.heads)
     return shape.heads * (lanes + FLAG) + places
 
 
-def _lane_bytes(shape: Shape, lane: Lane, stored: int, tokens: int, runs: int) -> int:
-    """Of one head, `stored` channels of each token encoded: as `LaneBytes` allocates."""
-    coded = max(0, tokens - lane.window) // lane.flush * lane.flush
+def _lane_bytes(shape: Shape, lane: Lane, stored: int, tokens: int, runs: int, most: int | None) -> int:
+    """Of one head, `stored` channels of each token encoded: as `LaneBytes` allocates.
+
+    most: if heads may differ, how many tokens the greediest may hold; then what they take at most in the mean.
+    """
+
+    def room(unit: int) -> int:
+        """For the encoded tokens, in whole units."""
+        # heads that differ may each have begun a unit
+        slots = coded if most is None else min(most, coded + unit - 1)
+        return -(-slots // unit) * unit
+
+    coded = tokens if most is not None else max(0, tokens - lane.window) // lane.flush * lane.flush
     parts = lane.codec.parts(stored).values()
     total = FLAG + (FLAG * runs if any(part.every is None for part in parts) and coded else 0)
     for part in parts:
         if part.every is None:
             total += runs * part.width * part.bits // 8 if coded else 0
         elif part.blocked:
-            total += -(-coded // BLOCK) * bytes_per_block(part.width, part.bits)
+            total += room(BLOCK) // BLOCK * bytes_per_block(part.width, part.bits)
         else:
-            room = -(-coded // 32) * 32
-            total += -(-room // part.every) * part.width * (part.dtype.itemsize if part.dtype else shape.itemsize)
+            width = part.width * (part.dtype.itemsize if part.dtype else shape.itemsize)
+            total += -(-room(max(32, part.every)) // part.every) * width
     if lane.ring:
-        total += min(lane.ring, -(-min(lane.ring, tokens) // 32) * 32) * shape.channels * shape.itemsize
+        waiting = min(lane.ring, tokens if most is None else most)
+        total += min(lane.ring, -(-waiting // 32) * 32) * shape.channels * shape.itemsize
     return total
 
 

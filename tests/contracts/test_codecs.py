@@ -44,6 +44,17 @@ def test_every_codec_is_held_to_these_promises() -> None:
 
 
 @every_codec
+def test_a_head_alone_is_written_as_beside_others(codec: Codec) -> None:
+    x = numbers(lengths(codec)[2])
+    both = codec.encode(x, None)
+    for head in range(2):
+        alone = codec.of_head(head)
+        packed = alone.encode(x[:, head : head + 1], None)
+        assert all(close(packed[name].float(), both[name][:, head : head + 1].float()) for name in both)
+        assert close(alone.decode(packed), codec.decode(both)[:, head : head + 1])
+
+
+@every_codec
 def test_parts_say_what_encode_makes(codec: Codec) -> None:
     for tokens in lengths(codec):
         x = numbers(tokens)

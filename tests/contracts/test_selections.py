@@ -5,6 +5,7 @@ import torch
 
 from kvmosaic import Cache, Recipe, methods
 from kvmosaic.calibration import Calibration
+from kvmosaic.kernels import native
 from kvmosaic.selection import DROP, Evicting, Gathering, Recency, TopTokens
 from tests import models
 from tests.instances import BARE, EXACT
@@ -60,6 +61,17 @@ def test_a_batch_of_two_is_two_single_steps(text):
     assert torch.equal(both[1:], assigned(selection, row(at, 1)))
 
 
+@every_selection
+def test_where_a_prompt_may_be_pruned_as_it_comes_a_head_is_assigned_as_a_row(text):
+    selection, at = methods.parse(text).selection, step(150, batch=2, pad=11)
+    if not selection.prunes:
+        pytest.skip("it may not")
+    states = {name: getattr(at, name).unflatten(1, (2, -1)).flatten(0, 1) for name in ("query", "keys", "values")}
+    columns = {name: getattr(at, name).repeat_interleave(2, 0) for name in ("place", "visual")}
+    rows = selection.assign(at._replace(**states, **columns))
+    assert torch.equal(rows.view(2, 2, 150), selection.assign(at))
+
+
 @pytest.mark.parametrize("name", BUDGETED)
 def test_of_equal_scores_the_older_token_stays(name):
     selection, at = methods.get(name)(tokens=60).selection, step(150)
@@ -71,9 +83,10 @@ def test_of_equal_scores_the_older_token_stays(name):
 
 @pytest.mark.parametrize("name", BUDGETED)
 @pytest.mark.parametrize("budget", ["keep=1.0", "tokens=1000", "gigabytes=1"])
-def test_a_budget_over_the_length_is_exact_bit_for_bit(name, budget):
-    if name == "adakv" and budget == "gigabytes=1":
-        pytest.skip("refused: heads compete")
+def test_a_budget_over_the_length_is_exact_bit_for_bit(name, budget, monkeypatch):
+    monkeypatch.undo()  # with the compiled kernels: PyTorch's sums change with how many rows it is given at once
+    if methods.get(name)().selection.uneven and native.kernels().library is None:
+        pytest.skip("no compiled kernels")
     if budget == "keep=1.0" and isinstance(methods.get(name)().selection, Evicting):
         pytest.skip("as many as the first prompt has, so that generated tokens push others out")
     model, inputs = models.model("llama"), prompt("llama", Row(75, 0, 0), Row(58, 0, 1))

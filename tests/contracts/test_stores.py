@@ -13,7 +13,7 @@ from kvmosaic.codecs import Uniform
 from kvmosaic.errors import NotFinite
 from kvmosaic.kernels.attention import Affine, merge, reference
 from kvmosaic.report import KINDS
-from kvmosaic.stores import Coded, CodedStore, Lane
+from kvmosaic.stores import Coded, CodedStore, Lane, RaggedStore
 from tests.instances import CODECS, TIERS, coded
 
 every_tier = pytest.mark.parametrize("tier", TIERS.values(), ids=TIERS)
@@ -194,12 +194,55 @@ def test_rows_can_be_reordered_and_repeated(tier: Coded) -> None:
     agree(store, tier, *(torch.cat([x[order], y], 2) for x, y in zip((keys, values), more, strict=True)), (100, 50, 64))
 
 
+@every_tier
+def test_rows_with_stores_of_their_own_attend_as_in_one_and_are_as_long_as_their_tokens(tier: Coded) -> None:
+    """In turns, reordered, repeated, and brought together for kernels that read all rows at once."""
+    pieces = (203, 1, 64)
+    keys, values = numbers(sum(pieces))
+    share = torch.tensor([[0.1, 0.9], [0.5, 0.0]])[..., None]
+    keep = torch.rand(2, 2, sum(pieces), generator=torch.Generator().manual_seed(1)) < share
+    keep[..., 203] = True
+    ragged, start = RaggedStore(tier.open(0, keys, values)), 0
+    for size in pieces:
+        part = slice(start, start + size)
+        ragged.put(keys[:, :, part], values[:, :, part], keep[:, :, part])
+        start += size
+    one = fill(tier, keys, values, pieces, keep)
+
+    def same(order: Tensor) -> None:
+        query = torch.randn(len(order), 2, 3, 64, generator=torch.Generator().manual_seed(2))
+        fresh = (keys[order][:, :, :1], values[order][:, :, :1])
+        assert torch.equal(ragged.length, one.length)
+        right = one.attend(query, 0.2, None, fresh)
+        for store in (ragged, ragged.padded()):
+            found = store.attend(query, 0.2, None, fresh)
+            assert torch.allclose(found.out, right.out, rtol=1e-4, atol=1e-4)
+            assert torch.allclose(found.lse, right.lse, rtol=1e-4, atol=1e-4)
+
+    same(torch.arange(2))
+    assert sum(x.nbytes for _, kind, x in ragged.tensors() if kind != "learned") < 0.8 * sum(
+        x.nbytes for _, kind, x in one.tensors() if kind != "learned"
+    )
+    order = torch.tensor([1, 0, 0])
+    for store in (ragged, one):
+        store.map(lambda tensor: tensor.index_select(0, order))
+        more = numbers(33, batch=3, seed=5)
+        store.put(*more, None)
+    same(order)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("name", ["run2", "channel4", "token2"])
-def test_numbers_without_a_range_are_refused_before_anything_is_written(name: str, side: str, bad: float) -> None:
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_numbers_without_a_range_are_refused_before_anything_is_written(
+    name: str, side: str, bad: float, own_rows: bool
+) -> None:
     keys, values = numbers(128)
     store = fill(TIERS[name], keys, values, (128,))
+    if own_rows:
+        store = RaggedStore(store.tier.open(0, keys, values))
+        store.put(keys, values, None)
     before = [(each, tensor.clone()) for each, _, tensor in store.tensors()]
     new = {"keys": torch.randn(2, 2, 32, 64), "values": torch.randn(2, 2, 32, 64)}
     new[side][1, 0, 17, 3] = bad

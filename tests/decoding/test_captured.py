@@ -19,6 +19,8 @@ from tests.instances import EXACT
 from tests.models import Row, prompt
 
 TEXT = ["exact", "kivi bits=2 residual=32", "mosaic bits=2", "snapkv keep=0.5 | kivi bits=4 residual=32"]
+TEXT += ["h2o tokens=40 recent=8", "zipcache gather=8", "zipvl mass=0.7 gather=8 evict=true"]
+TEXT += ["adakv keep=0.5 window=8 floor=0 | kivi bits=4 residual=32"]
 VISUAL = ["calibquant", "calibquant bits=2 | kivi bits=2 residual=32"]
 PADDED = (Row(), Row(text=31, seed=1))
 
@@ -67,26 +69,28 @@ def test_captured_is_eager_on_pictures(kind: str, text: str, gpu_device: torch.d
     assert torch.equal(ours(model, inputs, text, max_new_tokens=8), eager(model, inputs, text, max_new_tokens=8))
 
 
-def test_the_next_prompt_uses_the_same_step_if_it_fits(gpu_device: torch.device) -> None:
+@pytest.mark.parametrize("text", ["mosaic", "adakv keep=0.9 window=8", "h2o keep=0.6", "zipcache"])
+def test_the_next_prompt_uses_the_same_step_if_it_fits(text: str, gpu_device: torch.device) -> None:
     model = bfloat16("llama", gpu_device)
-    decoder = Decoder(model, recipe("mosaic"), capacity=80, compiled=False)
+    decoder = Decoder(model, recipe(text), capacity=80, compiled=False)
     steps = []
     for row in (Row(text=45), Row(text=31, seed=1), Row(text=150, seed=2)):
         inputs = inputs_for("llama", gpu_device, row)
         said = decoder.generate(**inputs, max_new_tokens=8, do_sample=False)
-        assert torch.equal(said, eager(model, inputs, "mosaic", max_new_tokens=8))
+        assert torch.equal(said, eager(model, inputs, text, max_new_tokens=8))
         steps.append(decoder._steps)
     assert steps[0] is steps[1], "a shorter prompt fits"
     assert steps[2] is not steps[1], "more than the capacity makes it grow"
 
 
-def test_a_row_that_has_ended_is_padded_and_the_cache_goes_on_from_the_end(gpu_device: torch.device) -> None:
+@pytest.mark.parametrize("text", ["kivi residual=32", "h2o tokens=40 recent=8", "zipcache gather=3"])
+def test_a_row_that_has_ended_is_padded_and_the_cache_goes_on_from_the_end(text: str, gpu_device: torch.device) -> None:
     model, inputs = bfloat16("llama", gpu_device), inputs_for("llama", gpu_device, *PADDED)
-    free = eager(model, inputs, "kivi residual=32", max_new_tokens=12)[:, inputs["input_ids"].shape[1] :]
+    free = eager(model, inputs, text, max_new_tokens=12)[:, inputs["input_ids"].shape[1] :]
     stops = [int(free[0, 3]), int(free[1, 6])]
     answers = []
     for captured_too in (True, False):
-        cache = Cache(model, recipe("kivi residual=32"))
+        cache = Cache(model, recipe(text))
         options = dict(eos_token_id=stops, max_new_tokens=12, do_sample=False)
         if captured_too:
             said = kvmosaic.generate(model, compiled=False, past_key_values=cache, **inputs, **options)
@@ -99,6 +103,16 @@ def test_a_row_that_has_ended_is_padded_and_the_cache_goes_on_from_the_end(gpu_d
         answers.append((said, cache.get_seq_length(), more))
     assert answers[0][1] == answers[1][1]
     assert torch.equal(answers[0][0], answers[1][0]) and torch.equal(answers[0][2], answers[1][2])
+
+
+def test_steps_are_generates_own_until_the_first_tokens_are_there(gpu_device: torch.device) -> None:
+    model, inputs = bfloat16("llama", gpu_device), inputs_for("llama", gpu_device, *PADDED)
+    method = Recipe(first=50) | methods.parse("h2o tokens=40 recent=8")  # more than the prompts have
+    options = dict(max_new_tokens=30, do_sample=False, **inputs)
+    decoder = Decoder(model, method, compiled=False)
+    said = decoder.generate(**options)
+    assert decoder._steps is not None and decoder._steps.done == 29 - (50 - 31), "the others were captured"
+    assert torch.equal(said, model.generate(past_key_values=Cache(model, method), **options))
 
 
 class Tenth(StoppingCriteria):
@@ -173,7 +187,6 @@ def test_a_step_compiles_to_one_graph_without_breaks(
 @pytest.mark.parametrize(
     ("kind", "text", "reason"),
     [
-        ("llama", "zipcache", "goes on while decoding"),
         ("llama", "turboquant bits=3", "two planes"),
         ("gemma3_text", "mosaic", "layer 0 does not attend to the whole context"),
     ],

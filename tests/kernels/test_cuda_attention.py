@@ -118,6 +118,12 @@ def test_tokens_of_the_step_are_attended_if_there_are_any(fresh: int, gpu_device
     assert_alike(*both(filled(STORES["runs 2"], gpu_device, lengths=(1, 2)), fresh=fresh))
 
 
+def test_exact_tokens_that_all_lie_in_a_window_are_attended(gpu_device: torch.device) -> None:
+    assert_alike(*both(filled((Lane(Exact(), 40), Lane(Exact(), 40)), gpu_device, lengths=(30, 1))))
+    behind = filled((Lane(Exact(), 4), Lane(Exact(), 4)), gpu_device, lengths=(30,))
+    assert not cuda.serves(cuda.Source(behind.keys, behind.values, behind.length, None))
+
+
 def test_an_empty_store_has_no_share(gpu_device: torch.device) -> None:
     ours, expected = both(filled(STORES["runs 2"], gpu_device, lengths=()), fresh=0)
     assert bool((ours.lse == -torch.inf).all()) and not bool(ours.out.any())

@@ -7,6 +7,7 @@ import torch
 
 from kvmosaic import Cache, methods
 from kvmosaic.errors import UnsupportedModel
+from kvmosaic.selection import Budget, Pyramid, Reconstruction, TopTokens
 from tests import models
 from tests.models import Row, generate, logits, prompt
 
@@ -17,7 +18,7 @@ def scores(model, ids, text, **changes):
     cache = Cache(model, methods.parse(text))
     for layer in cache.layers:
         if hasattr(layer, "settle"):
-            layer.settle = lambda layer=layer: held.append(layer.pending.score)
+            layer.settle = lambda tier, layer=layer: held.append(layer.pending.score)
     model(ids, past_key_values=cache, **changes)
     return held
 
@@ -47,20 +48,30 @@ def test_scores_are_the_greatest_shares_that_the_repetition_pays(size):
         assert torch.allclose(one, other, atol=1e-4)
 
 
-def test_tokens_with_the_highest_scores_stay_and_the_sinks():
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+def test_tokens_with_the_highest_scores_of_all_layers_stay_and_the_sinks(floor):
+    """With a floor of 1 each head keeps its own best."""
     model, inputs = models.model("llama"), prompt("llama", Row(75, 0))
-    found = scores(model, inputs["input_ids"], "kvzip")
-    for score in found:
-        score[..., :3] = torch.inf
-    cache = Cache(model, methods.parse("kvzip tokens=20 sinks=3"))
+    score = torch.stack(scores(model, inputs["input_ids"], "kvzip"))  # [layers, B, H, T]
+    score[..., :3] = torch.inf
+    every = score.flatten() if floor == 0 else score
+    least = every.topk(20 * (4 if floor == 0 else 1)).values[..., -1:]
+    cache = Cache(model, methods.parse(f"kvzip tokens=20 sinks=3 floor={floor}"))
     exact = Cache(model, methods.parse("kvzip keep=1.0"))
     for each in (cache, exact):
         model(**inputs, past_key_values=each)
-    for layer, whole, score in zip(cache.layers, exact.layers, found, strict=True):
-        best = score.topk(20).indices.sort().values[..., None].expand(-1, -1, -1, 32)
-        (kept,) = layer.stores["tier 0"].keys.read(0, 20).values()
-        (every,) = whole.stores["tier 0"].keys.read(0, 75).values()
-        assert torch.equal(kept, every.gather(2, best))
+    for layer, whole, stays in zip(cache.layers, exact.layers, score >= least, strict=True):
+        store, every = layer.stores["tier 0"], whole.stores["tier 0"]
+        assert store.length.tolist() == stays.sum(-1).tolist()
+        for own, other, mine in zip(store.rows[0], every.rows[0], stays[0], strict=True):
+            (kept,) = own.keys.read(0, int(mine.sum())).values()
+            (keys,) = other.keys.read(0, 75).values()
+            assert torch.equal(kept[0, 0], keys[0, 0, mine])
+
+
+def test_a_budget_is_not_shared_out_by_rule_where_layers_compete():
+    with pytest.raises(ValueError, match="layers compete"):
+        TopTokens(scorer=Reconstruction(), budget=Budget(keep=0.5), layers=Pyramid())
 
 
 def test_all_of_the_budget_changes_nothing():
@@ -93,7 +104,7 @@ def test_later_turns_stay_whole():
     model(**inputs, past_key_values=cache)
     model(inputs["input_ids"][:, :30], past_key_values=copy.deepcopy(cache))
     model(inputs["input_ids"][:, :30], past_key_values=cache)
-    assert all(layer.stores["tier 0"].length.eq(50).all() for layer in cache.layers)
+    assert sum(int(layer.stores["tier 0"].length.sum()) for layer in cache.layers) == 4 * (20 + 30)
 
 
 def test_what_cannot_be_fed_again_is_refused():

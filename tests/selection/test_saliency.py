@@ -75,6 +75,17 @@ def test_at_eight_bits_it_is_nearly_exact():
     assert worst < 0.05
 
 
+def test_rotated_the_other_tokens_lose_less_than_by_range():
+    errors = []
+    for text in ("zipcache salient=0.0", "zipcache salient=0.0 rotated=true"):
+        stream, layer, exact = Stream(301), layer_of(text), layer_of("exact")
+        for each in (layer, exact):
+            stream.feed(each, 0, 300)
+        assert [store.length.tolist() for store in layer.stores.values()] == [[[300, 300]]]
+        errors.append((stream.feed(layer, 300, 301) - stream.feed(exact, 300, 301)).norm())
+    assert errors[1] < 0.85 * errors[0]
+
+
 def test_scores_of_waiting_tokens_come_from_their_probes():
     stream, layer = Stream(140), layer_of("zipcache probes=1.0 gather=60")
     stream.feed(layer, 0, 100)

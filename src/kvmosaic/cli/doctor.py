@@ -15,7 +15,7 @@ from kvmosaic.calibration import Calibration
 from kvmosaic.cli.output import Json, show
 from kvmosaic.errors import NeedsCalibration
 from kvmosaic.evals import learn
-from kvmosaic.hooks.layer import CacheLayer
+from kvmosaic.hooks import pinned
 from kvmosaic.kernels.attention import cpu
 from kvmosaic.learning import Sample, Side
 from kvmosaic.projection import NO_KERNEL
@@ -57,8 +57,7 @@ def _served(name: str) -> str:
         recipe = methods.get(name)() if methods.learner(name) is None else _learned(name)
     except NeedsCalibration:
         return "as its scorer and its tiers: it needs a file first"
-    layer = CacheLayer(0, 1, recipe)
-    captured = layer.why_not_pinned(HEAD_SIZE, torch.bfloat16, device=None)
+    captured = pinned.why_not(recipe, 0, HEAD_SIZE, torch.bfloat16, device=None)
     return f"CPU {_compiled(recipe)}; captured on a GPU: {captured or 'yes'}"
 
 

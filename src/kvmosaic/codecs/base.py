@@ -61,6 +61,10 @@ class Codec(Protocol):
         """The codec with what it learned on that device."""
         return self
 
+    def of_head(self, head: int) -> "Codec":
+        """The codec for that KV head alone."""
+        return self
+
     def encode(self, x: Tensor, valid: Tensor | None) -> Packed: ...
 
     def decode(self, packed: Packed) -> Tensor: ...

@@ -46,6 +46,9 @@ class Coupled(Codec):
     def to(self, device: torch.device) -> Codec:
         return self if self.centroids.device == device else replace(self, centroids=self.centroids.to(device))
 
+    def of_head(self, head: int) -> Codec:
+        return replace(self, centroids=self.centroids[head : head + 1])
+
     def parts(self, channels: int) -> Mapping[str, Part]:
         _, groups, _, coupled = self.centroids.shape
         if groups * coupled != channels:

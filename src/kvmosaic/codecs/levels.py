@@ -56,6 +56,9 @@ class Levels(Codec):
         ranges = None if self.ranges is None else self.ranges.to(device)
         return replace(self, levels=self.levels.to(device), restored=self.restored.to(device), ranges=ranges)
 
+    def of_head(self, head: int) -> Codec:
+        return self if self.ranges is None else replace(self, ranges=self.ranges[:, head : head + 1])
+
     def parts(self, channels: int) -> Mapping[str, Part]:
         if self.ranges is not None and self.ranges.shape[2] != channels:
             raise ValueError(f"the ranges are for a head size of {self.ranges.shape[2]}, and this is {channels}")

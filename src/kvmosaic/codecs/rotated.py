@@ -60,6 +60,9 @@ class Rotated(Codec):
     def to(self, device: torch.device) -> Codec:
         return Rotated(self.codec.to(device), self.seed)
 
+    def of_head(self, head: int) -> Codec:
+        return Rotated(self.codec.of_head(head), self.seed)
+
     def encode(self, x: Tensor, valid: Tensor | None) -> Packed:
         return self.codec.encode(self.rotate(x.float()), valid)
 

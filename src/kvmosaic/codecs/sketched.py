@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -38,6 +38,9 @@ class Sketched(Codec):
         signs = Part(every=1, width=channels, dtype=torch.uint8, bits=1, kind="codes")
         length = Part(every=1, width=1, dtype=torch.float16, bits=16, kind="scales")
         return {**self.codec.parts(channels), "signs": signs, "length": length}
+
+    def of_head(self, head: int) -> Codec:
+        return replace(self, codec=self.codec.of_head(head))
 
     def encode(self, x: Tensor, valid: Tensor | None) -> Packed:
         packed = self.codec.encode(x, valid)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class Split(Codec):
             )
         parts = {f"first {name}": part for name, part in self.first.parts(self.channels).items()}
         return parts | {f"rest {name}": part for name, part in self.rest.parts(channels - self.channels).items()}
+
+    def of_head(self, head: int) -> Codec:
+        return replace(self, first=self.first.of_head(head), rest=self.rest.of_head(head))
 
     def encode(self, x: Tensor, valid: Tensor | None) -> Packed:
         first = self.first.encode(x[..., : self.channels], valid)

@@ -1,7 +1,7 @@
 """Uniform quantization with separable scales: the codes are integers, and attention reads them as integers."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -54,6 +54,9 @@ class Uniform(Codec):
     @property
     def unit(self) -> int:
         return self.group if self.axis == "channel" and self.group else 1
+
+    def of_head(self, head: int) -> Codec:
+        return self if isinstance(self.clip, float | int) else replace(self, clip=self.clip[head])
 
     def parts(self, channels: int) -> Mapping[str, Part]:
         parts = {"codes": Part(every=1, width=channels, dtype=torch.uint8, bits=self.bits, kind="codes")}

@@ -2,7 +2,8 @@
 
 The step that is captured: the whole model over one token a row, the choice of the next token, and which rows have ended.
 All that changes from step to step lies on the device, so the host only replays, and reads what was chosen some steps
-later. A step after the last row has ended stores nothing.
+later. A step after the last row has ended stores nothing. Where tokens wait to be chosen among many at a time, that is queued
+between two steps. While a row has not had all of its first tokens, steps are generate's own.
 """
 
 from __future__ import annotations
@@ -135,30 +136,38 @@ class Decoder:
         model, cache, config = self.model, cache_in(inputs), choice.config
         if streamer is not None:
             streamer.put(ids.cpu())
+        most, columns, so_far = choice.most - ids.shape[1], [], ids
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         outputs = model._prefill(ids, config, inputs)
-        chosen = choice(ids, outputs.logits[:, -1].float())
-        columns = [chosen.cpu()]
-        ended = choice.ends(chosen)
-        most = choice.most - ids.shape[1]
-        if streamer is not None:
-            streamer.put(columns[0])
-        if most > 1 and not bool(ended.all()):
+        while True:  # steps as generate makes them, until none of the cache's tokens is on its way
+            chosen = choice.padded(choice(so_far, outputs.logits[:, -1].float()), ended)
+            so_far = torch.cat([so_far, chosen[:, None]], 1)
+            ended = ended | choice.ends(chosen) | choice.others(so_far, None)
+            columns.append(chosen.cpu())
+            if streamer is not None:
+                streamer.put(columns[-1])
+            left = most - len(columns)
+            if left <= 0 or bool(ended.all()):
+                break
             inputs = model._update_model_kwargs_for_generation(outputs, inputs)
             del outputs
-            so_far = torch.cat([ids, chosen[:, None]], 1)
-            first = model.prepare_inputs_for_generation(so_far, next_sequence_length=1, **inputs)
-            steps = self._prepared(cache, first, choice, most)
-            cache = steps.cache
+            following = model.prepare_inputs_for_generation(so_far, next_sequence_length=1, **inputs)
+            if not cache.is_ready:
+                outputs = model(**following, return_dict=True)
+                continue
+            steps = self._prepared(cache, following, choice, left)
+            cache, before = steps.cache, len(columns)
             try:
-                for column in steps.run(so_far, ended, most - 1):
+                for column in steps.run(so_far, ended, left):
                     columns.append(column)
                     if streamer is not None:
                         streamer.put(column)
             finally:
-                cache.count(len(columns) - 1)
+                cache.count(len(columns) - before)
                 if not reusable:
                     cache.unpin()
             self._steps = steps if reusable else None
+            break
         if streamer is not None:
             streamer.end()
         sequences = torch.cat([ids, torch.stack(columns, 1).to(ids.device)], 1)
@@ -218,6 +227,10 @@ class _Choice:
             return scores.argmax(-1)
         # the largest of p / e, with e exponential, is a draw from p: one pass, and nothing waits for the host
         return (scores.softmax(-1) / torch.empty_like(scores).exponential_()).argmax(-1)
+
+    def padded(self, chosen: Tensor, ended: Tensor) -> Tensor:
+        """`chosen` with padding in the rows that have ended."""
+        return chosen if self.pad is None else torch.where(ended, self.pad, chosen)
 
     def ends(self, chosen: Tensor) -> Tensor:
         if self.eos is None:
@@ -295,6 +308,8 @@ class _Steps:
                         self.ended |= self.choice.others(so_far, None)
                         self.live.copy_(~self.ended.all())
                 waiting.append(self._sent())
+                if self.cache.stepped():
+                    self.cache.gather()
                 while waiting and (len(waiting) > AHEAD or step == most - 1 or not alone):
                     column, event = waiting.popleft()
                     if event is not None:
@@ -336,8 +351,7 @@ class _Steps:
             self.logits.copy_(logits)
 
     def _choose(self, chosen: Tensor) -> None:
-        if self.choice.pad is not None:
-            chosen = torch.where(self.ended, self.choice.pad, chosen)
+        chosen = self.choice.padded(chosen, self.ended)
         self.ids.copy_(chosen[:, None])
         self.tensors["position_ids"] += self.live
         self.ended |= self.choice.ends(chosen)

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING
 
 from kvmosaic.errors import BadCalibration, CacheInUse, CacheMismatch, RecipeConflict, UnsupportedModel
-from kvmosaic.hooks import models
+from kvmosaic.hooks import models, pinned
 from kvmosaic.hooks.layer import CacheLayer
 from kvmosaic.hooks.replay import replay
 from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.recipe import Recipe
 from kvmosaic.report import Report
-from kvmosaic.selection import Evicting
+from kvmosaic.selection import Evicting, Gathering
 from kvmosaic.stores import Lane
 
 
@@ -35,10 +35,16 @@ class Cache(TransformersCache):  # type: ignore[misc]
     whole_prompt: the first prompt may come in several forward passes and is selected from and stored as a whole, when the
         first single token comes or `settle` is called; until then its tokens wait, exact, with their queries. Otherwise each
         forward pass of several tokens is a prompt of its own, so that long prompts in chunks never lie in memory whole.
+    pruned_prompt: the first prompt may come in several forward passes, and its budget is one for all: after each pass what is left
+        of those before and the new tokens are selected from together, so that no more of them wait, exact, than the budget and
+        a pass. It ends as with `whole_prompt`. For selections that keep tokens in one tier and as many in each head; those that
+        evict while decoding (h2o, streaming_llm) hold a budget in tokens= without it.
     Raises UnsupportedModel, with the reason, for a model that it cannot serve.
     """
 
-    def __init__(self, model: PreTrainedModel, recipe: Recipe, *, whole_prompt: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, recipe: Recipe, *, whole_prompt: bool = False, pruned_prompt: bool = False
+    ) -> None:
         from kvmosaic.hooks.attach import prepare  # attach makes caches, and a cache attaches
 
         self.recipe = recipe
@@ -64,9 +70,11 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 f"{recipe.name or 'the recipe'}: only a part of the rotated key channels is to be stored, and these tiers learned what "
                 "they know of all channels, or code them unrotated. Leave one of the two out"
             )
-        self._in_pieces = whole_prompt
+        self._in_pieces, self._pruned = whole_prompt or pruned_prompt, pruned_prompt
+        if pruned_prompt:
+            _check_pruning(recipe, full, whole_prompt)
         self._replay = None if recipe.selection is None else recipe.selection.replay
-        self._whole = whole_prompt or self._replay is not None
+        self._whole = self._in_pieces or self._replay is not None
         if self._whole and recipe.prefill is not None:
             raise RecipeConflict(
                 f"{recipe.name or 'the recipe'} changes how a prompt's attention is computed, so its pieces cannot wait for the "
@@ -83,6 +91,7 @@ class Cache(TransformersCache):  # type: ignore[misc]
         self._context = models.context(model.config)
         self.head_size = models.head_size(model.config)
         self.pinned = False  # steps are kernels only (`decoding/captured.py`)
+        self._waiting = 0  # tokens that wait to be chosen among when the steps that were queued are done; while pinned
         self._refused = False  # a GPU has told too late that something cannot be encoded
         self._running: dict[str, int] = {}  # during a forward pass: its thread, and how many hooked modules it is in
 
@@ -137,8 +146,10 @@ class Cache(TransformersCache):  # type: ignore[misc]
             self.settle()
         if self._replay is not None and self._running["depth"] == 1 and not self._replaying:
             self._note(ids)
-        if self._shape is not None and not seen and not self._whole:
-            self._resolve(self._shape, batch, tokens, 0 if visual is None else int(visual.sum(1).max()))
+        if self._shape is not None and not seen and (self._pruned or not self._whole):
+            # a prompt that is pruned as it comes may be of any length
+            most = max(tokens, self._context or 2**20) if self._pruned else tokens
+            self._resolve(self._shape, batch, most, 0 if visual is None else int(visual.sum(1).max()))
         for layer in self.layers:
             if isinstance(layer, CacheLayer):
                 layer.visual = visual
@@ -204,11 +215,16 @@ class Cache(TransformersCache):  # type: ignore[misc]
                 self._replaying = False
             self._prompt = []
         held = waiting[0].pending
-        if self._shape is not None and held is not None:
+        if self._shape is not None and held is not None and not self._pruned:
             visual = 0 if held.visual is None else int(held.visual.sum(1).max())
             self._resolve(self._shape, held.keys.shape[0], len(held), visual)
-        for layer in waiting:
-            layer.settle()
+        tiers: Sequence[Tensor | None] = [None] * len(waiting)
+        if self._replay is not None:
+            selection = waiting[0].recipe.selection
+            assert selection is not None, "it asked for the replay"
+            tiers = selection.assign_replayed(*zip(*(layer.replay_scores() for layer in waiting), strict=True))
+        for layer, tier in zip(waiting, tiers, strict=True):
+            layer.settle(tier)
 
     def activate_past_recording(self) -> None:
         self.settle()
@@ -231,37 +247,71 @@ class Cache(TransformersCache):  # type: ignore[misc]
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, CacheLayer):
                 return f"layer {index} does not attend to the whole context"
-            reason = layer.why_not_pinned(self.head_size, dtype, device)
+            reason = pinned.why_not(layer.recipe, index, self.head_size, dtype, device)
             if reason:
                 return reason
         return None
 
-    def pin(self, tokens: int, live: Tensor) -> None:
-        """Every step from now on is one token a row, `tokens` at most; see `CacheLayer.pin`."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be pinned now. If not it can be some steps later, unless past tokens are recorded."""
         self.settle()
+        return all(pinned.is_ready(layer) for layer in self.layers)
+
+    def pin(self, tokens: int, live: Tensor) -> None:
+        """Every step from now on is one token a row, `tokens` at most; see `hooks/pinned.py`."""
         for layer in self.layers:
-            layer.pin(tokens, live)
-        self.pinned = True
+            layer.pinned = pinned.Pinned(layer, tokens, live)
+        self.pinned, self._waiting = True, self._wait()
 
     def load(self, other: "Cache", tokens: int) -> bool:
         """Take over another cache's tokens into this one, that was pinned; False (and broken) if they have no room."""
-        self.pinned = all(mine.load(new, tokens) for mine, new in zip(self.layers, other.layers, strict=True))
+        self.pinned = all(
+            mine.pinned.load(mine, new, tokens) for mine, new in zip(self.layers, other.layers, strict=True)
+        )
+        self._waiting = self._wait() if self.pinned else 0
         return self.pinned
+
+    def stepped(self) -> bool:
+        """One more step of kernels only is on its way to the device. True if with its token so many wait as are chosen among at a
+        time: then `gather` is to be called before the next."""
+        self._waiting += 1
+        return isinstance(self.recipe.selection, Gathering) and self._waiting == self.recipe.selection.gather
+
+    def gather(self) -> None:
+        """Give the tokens that wait their tiers."""
+        for layer in self.layers:
+            layer.pinned.gather(layer)
+        self._waiting = 0
 
     def count(self, steps: int) -> None:
         """So many steps were kernels only, which the device alone has counted."""
         for layer in self.layers:
-            layer.seen += steps
+            layer.pinned.end(layer, steps)
+
+    def _wait(self) -> int:
+        """How many tokens wait to be chosen among, in every layer alike."""
+        waiting = self.layers[0].pinned.waiting
+        return 0 if waiting is None else len(waiting)
 
     def unpin(self) -> None:
         """Back to steps of any size, as any other cache."""
         for layer in self.layers:
-            layer.unpin()
+            if layer.pinned is not None:
+                layer.pinned.release(layer)
         self.pinned = False
 
     def _empty_layers(self) -> list[Any]:
         return [
-            CacheLayer(index, len(self._types), self.recipe, self._rotary, self._frequencies.get(kind), self._whole)
+            CacheLayer(
+                index,
+                len(self._types),
+                self.recipe,
+                self._rotary,
+                self._frequencies.get(kind),
+                self._whole,
+                self._pruned,
+            )
             if kind == "full_attention" and not self.recipe.is_exact
             else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for index, (kind, arguments) in enumerate(self._types)
@@ -300,6 +350,30 @@ def _lanes(recipe: Recipe, layers: Sequence[int], asked: Callable[[Lane], bool])
 def _by_channel(lane: Lane) -> bool:
     """What it writes depends on which channel a number is of."""
     return lane.pre_rope or bool(lane.codec.learned())
+
+
+def _check_pruning(recipe: Recipe, full: Sequence[int], whole_prompt: bool) -> None:
+    """Raises RecipeConflict if a prompt cannot be pruned as it comes."""
+    name = recipe.name or "the recipe"
+    if whole_prompt:
+        raise RecipeConflict(
+            "whole_prompt lets all of the prompt wait, and pruned_prompt its budget. Give one of the two"
+        )
+    if isinstance(recipe.selection, Evicting):
+        raise RecipeConflict(
+            f"{name} evicts while decoding, and while a prompt comes in pieces, too: a budget in tokens= or gigabytes= holds for all "
+            "of it. Leave pruned_prompt out"
+        )
+    if recipe.selection is None or not recipe.selection.prunes:
+        raise RecipeConflict(
+            f"{name} does not choose, head by head, as many tokens of a prompt for one tier, so it cannot be pruned as it comes. "
+            "Use for example snapkv, h2o_prefill or expected_attention, or whole_prompt=True"
+        )
+    if recipe.visual is not None or recipe.first or _lanes(recipe, full, lambda lane: lane.pre_rope):
+        raise RecipeConflict(
+            f"{name}: heads would keep visual tokens, first tokens or rotary positions of their own before these are stored. Use "
+            "whole_prompt=True, or leave out `visual`, `first` and pre_rope"
+        )
 
 
 def _check_selection(recipe: Recipe, full: Sequence[int], layers: int, channels: int) -> None:

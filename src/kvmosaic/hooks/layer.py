@@ -12,13 +12,16 @@ from transformers.cache_utils import CacheLayerMixin
 from kvmosaic.errors import CacheMismatch, CannotRollBack, NotFinite, UnsupportedModel
 from kvmosaic.hooks.attention import Handle, by_kv_head, exact, to_output, with_sinks
 from kvmosaic.hooks.pending import Pending
+from kvmosaic.hooks.pinned import Pinned
 from kvmosaic.hooks.rotary import Rotary
-from kvmosaic.kernels import step
 from kvmosaic.kernels.attention import Partial, dense, dense_mass, dense_peaks
-from kvmosaic.projection import NO_KERNEL, Basis
+from kvmosaic.projection import Basis
 from kvmosaic.recipe import Recipe
 from kvmosaic.selection import DROP, WAIT, Evicting, Gathering, Step
-from kvmosaic.stores import CodedStore, EvictingStore, Store, Tier
+from kvmosaic.stores import CodedStore, EvictingStore, RaggedStore, Store, Tier
+
+QUERIES = 64
+"""While a prompt is pruned as it comes, so many of the newest tokens that are left go on to score others with the next piece."""
 
 ROLLBACK = 128
 """While past is recorded (assisted decoding), this many of the newest tokens at least can be taken back."""
@@ -38,11 +41,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         rotary: Rotary | None = None,
         frequencies: tuple[float, ...] | None = None,
         whole_prompt: bool = False,
+        pruned: bool = False,
     ) -> None:
         super().__init__()
         self.index, self.layers, self.recipe, self.rotary = index, layers, recipe, rotary
         self.frequencies = frequencies  # of the model's rotary embedding, radians a place
         self.whole_prompt = self.reading = whole_prompt  # reading: tokens wait until `settle` ends the first prompt
+        self.pruned = pruned  # and what waits is brought back to the budget after each piece; its rows are single heads
         self.replayed: Tensor | None = None  # [B, T], the tokens of the prompt that are being fed again, to be scored
         self.scale = 0.0
         self.seen = 0
@@ -53,8 +58,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self.record_past = False
         self.capacity: Tensor | None = None  # [B], tokens that a row may keep, if the selection goes on while decoding
         self.visual: Tensor | None = None  # of the step that is under way, [B, T]
-        self.live: Tensor | None = None  # [1] int32, set while steps are kernels only (`pin`)
-        self.stepping: step.Step | None = None
+        self.pinned: Pinned | None = None  # set while steps are kernels only
         self.position: Tensor | None = None  # of the step that is under way, [B or 1, T, ids]; only with `rotary`
 
     # what transformers asks of a layer
@@ -89,7 +93,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.seen, self.stores, self.pending, self.basis, self.is_initialized = 0, {}, None, None, False
-        self.record_past, self.capacity, self.live, self.stepping = False, None, None, None
+        self.record_past, self.capacity, self.pinned = False, None, None
         self.padding, self.reading = None, self.whole_prompt
 
     def activate_past_recording(self) -> None:
@@ -98,7 +102,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the newest -tokens_to_remove tokens (a number at most 0), then store what was waiting."""
         remove = -int(tokens_to_remove)  # transformers 5.17 counts in a tensor
-        waiting = 0 if self.pending is None else len(self.pending)
+        waiting = 0 if self.pending is None or (self.reading and self.pruned) else len(self.pending)
         if remove < 0 or remove > waiting:
             raise CannotRollBack(
                 f"asked to take back {remove} tokens of layer {self.index}, of which {waiting} are not stored yet. Call "
@@ -140,10 +144,8 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         sinks: Tensor | None,
     ) -> Tensor:
         """query [B, Hq, T, D] over everything stored and the step's own tokens; then the step's tokens are stored."""
-        if self.live is not None and self.stepping is not None:
-            if sinks is not None:
-                raise UnsupportedModel("a captured step knows no attention sinks; call model.generate instead")
-            return step.run(self.stepping, query, handle.keys, handle.values, scale, softcap)
+        if self.pinned is not None:
+            return self.pinned.attend(query, handle.keys, handle.values, scale, softcap, sinks)
         new = Pending(
             handle.keys,
             handle.values,
@@ -168,60 +170,6 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self._settle(new)
         return out
 
-    # steps of one token that are kernels only, so that a CUDA graph can hold them
-
-    def why_not_pinned(self, channels: int, dtype: torch.dtype, device: torch.device | None) -> str | None:
-        """Why steps of this layer, filled by a prompt, cannot be kernels only; None if they can.
-
-        channels: the head size. device: None = any GPU.
-        """
-        recipe = self.recipe
-        if isinstance(recipe.selection, Evicting | Gathering):
-            return "its selection goes on while decoding"
-        if recipe.first:
-            return "its first tokens have a store of their own"
-        if recipe.projection is not None:
-            return NO_KERNEL
-        tiers = [*recipe.stored_in, *([recipe.visual] if recipe.visual else [])]
-        stores = [(tier.lanes(self.index), tier.affine_of(self.index)) for tier in tiers]
-        return step.why_not(stores, channels, dtype, device)
-
-    def pin(self, tokens: int, live: Tensor) -> None:
-        """From now on every step is one token a row, `tokens` of them at most, by kernels that find all lengths on the device.
-
-        live: [1] int32 on the device; while it is 0 a step stores nothing.
-        """
-        empty = torch.empty(
-            self.batch_size, self.num_heads, 0, self.head_sizes[0], dtype=self.dtype, device=self.device
-        )
-        if "tier 0" not in self.stores:
-            self.stores["tier 0"] = self.recipe.stored_in[0].open(self.index, empty, empty)
-        stores: list[CodedStore] = []
-        for name in sorted(self.stores, key=lambda name: name != "tier 0"):  # the first takes the new tokens
-            store = self.stores[name]
-            assert isinstance(store, CodedStore), "asked before (`why_not_pinned`)"
-            store.pin(int(store.length.max()) + (0 if stores else tokens))
-            stores.append(store)
-        self.live = live
-        self.stepping = step.register(stores, live)
-
-    def load(self, other: "CacheLayer", tokens: int) -> bool:
-        """Take over another layer's tokens into this pinned one, if there is room for them and for `tokens` more."""
-        if self.stores.keys() != other.stores.keys() or self.batch_size != other.batch_size:
-            return False
-        for name, store in self.stores.items():
-            new = other.stores[name]
-            assert isinstance(store, CodedStore) and isinstance(new, CodedStore), "asked before (`why_not_pinned`)"
-            if (name == "tier 0" and store.room < int(new.length.max()) + tokens) or not store.load(new):
-                return False
-        assert self.stepping is not None, "pinned layers have a step"
-        self.seen, self.padding, self.live = other.seen, other.padding, self.stepping.live
-        return True
-
-    def unpin(self) -> None:
-        """Back to steps of any size."""
-        self.live = self.stepping = None
-
     def _read(
         self,
         module: nn.Module,
@@ -235,11 +183,13 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         """A piece of a prompt that is settled as a whole: attended exactly, beside the pieces before; or, while tokens are
         replayed, what their repetition pays to each of them."""
         self.scale = scale
+        if self.pruned:
+            return self._read_and_prune(module, new, query, mask, scale, softcap, sinks)
         if self.pending is None:
             out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
         else:
             both, rows = self.pending + new, by_kv_head(query, self.num_heads)
-            mask = self._beside_pending(None if mask is None else mask[..., -query.shape[2] :], query)
+            mask = self._beside(self.pending, None if mask is None else mask[..., -query.shape[2] :], query)
             merged = with_sinks([dense(rows, both.keys, both.values, scale, mask, softcap)], sinks)
             out = to_output(merged, query)
             if self.replayed is not None:
@@ -256,6 +206,55 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         self._count(new)
         return out
 
+    def _read_and_prune(
+        self,
+        module: nn.Module,
+        new: Pending,
+        query: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """`_read` of a piece after which the prompt so far is selected from. Each head goes on with its own tokens, as a row."""
+        batch, heads = len(query), self.num_heads
+        at = self._step(new, query, scale)
+        columns = {"visual": at.visual, "valid": at.valid, "place": at.place}
+        piece = Pending(new.keys, new.values, query=query, **{name: self._by_head(x) for name, x in columns.items()})
+        piece = piece.heads_as_rows(heads)
+        both = piece if self.pending is None else self.pending.heads_as_rows(heads) + piece
+        assert both.query is not None and both.valid is not None and both.place is not None, "just set"
+        if self.pending is None:
+            out = exact(module, query, new.keys, new.values, mask, scale, softcap, sinks)
+        else:
+            rows, earlier = both.query[:, None, :, -len(new) :], both[: -len(new)]
+            if mask is not None:
+                mask = mask[..., -len(new) :].expand(batch, -1, -1, -1).repeat_interleave(heads, 0)
+            part = dense(rows, both.keys, both.values, scale, self._beside(earlier, mask, rows[:, 0]), softcap)
+            merged = with_sinks([Partial(*(x.view(batch, heads, *x.shape[2:]) for x in part))], sinks)
+            out = to_output(merged, query)
+        self.visual = None
+        self._count(new)
+        first = len(both) - both.query.shape[2]  # whose query is known
+        step = at._replace(
+            **{name: getattr(both, name) for name in ("keys", "values", "place", "visual")},
+            query=torch.nn.functional.pad(both.query, (0, 0, first, 0)),
+            known=(torch.arange(len(both), device=query.device) >= first).expand_as(both.place),
+            whole=at.place.amax(1).add(1).repeat_interleave(heads, 0),
+        )
+        selection = self.recipe.selection
+        assert selection is not None and selection.prunes, "asked before"
+        tier = selection.assign(step)
+        keep = (tier[:, 0] != DROP) & both.valid
+        # in their order, on the right: rows that keep fewer are padded on the left, as prompts are
+        stay = keep.to(torch.uint8).argsort(dim=1, stable=True)[:, -int(keep.sum(1).max()) :]
+        kept = replace(both, valid=keep, place=both.place.masked_fill(~keep, -1), query=None).gather(stay)
+        # a query is as large as a key times the heads that share it: only the newest are kept, for windows that reach back
+        asks = stay[:, len(kept) - min(QUERIES, int((stay >= first).sum(1).min())) :] - first
+        query = both.query.gather(2, asks[:, None, :, None].expand(-1, both.query.shape[1], -1, both.query.shape[3]))
+        self.pending = replace(kept, query=query).rows_as_heads(batch)
+        return out
+
     def _raise(self, peaks: Tensor) -> None:
         """Take the scores of the tokens that are replayed, where they are higher; the others keep theirs."""
         assert self.pending is not None and self.replayed is not None, "only what waits is replayed"
@@ -264,16 +263,25 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             score = score.maximum(self.pending.score)
         self.pending = replace(self.pending, score=score)
 
-    def settle(self) -> None:
-        """The first prompt is complete: select from it and store it, as if it had come in one piece."""
+    def replay_scores(self) -> tuple[Step, Tensor]:
+        """The first prompt, which waits, and the scores [B, H, T] that its repetition gave. The step's query is not known."""
+        assert self.pending is not None and self.pending.score is not None, "a prompt is replayed before it is settled"
+        return self._step(self.pending, self.pending.keys, self.scale, before=0), self.pending.score
+
+    def settle(self, tier: Tensor | None = None) -> None:
+        """The first prompt is complete: select from it and store it, as if it had come in one piece.
+
+        tier [B, H, T] int8: what was said of all layers together; None = the layer's selection says it now.
+        """
         if not self.reading or self.pending is None:
             return
         held, self.pending, self.reading = self.pending, None, False
         query, waiting = held.query, replace(held, query=None)
-        if self.recipe.selection is not None and self.recipe.selection.replay is not None:
-            assert waiting.score is not None, "a prompt is replayed before it is settled"
-            step = self._step(waiting, waiting.keys, self.scale, before=0)
-            tier = self.recipe.selection.assign_scored(step, waiting.score)
+        if self.pruned:  # the heads of a row keep as many
+            assert waiting.valid is not None and query is not None, "what waits to be pruned has all columns"
+            query = torch.nn.functional.pad(query, (0, 0, len(waiting) - query.shape[2], 0))
+            waiting = replace(waiting, valid=waiting.valid[:, 0], visual=None, place=None)
+        elif tier is not None:
             waiting = replace(waiting, tier=tier, score=None)
         elif query is not None:
             waiting = self._assigned(waiting, query, self.scale, before=0)
@@ -299,7 +307,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         step = new
         if self.pending is not None:
             step = self.pending + new
-            mask = self._beside_pending(mask, query)
+            mask = self._beside(self.pending, mask, query)
         rows = by_kv_head(query, self.num_heads)
         flat = rows.flatten(2, 3).float()
         stores = list(self.stores.values())
@@ -462,7 +470,9 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         store = self.stores.get(name)
         if store is None:
             store = tier.open(self.index, tokens.keys, tokens.values, self.basis, self.rotary)
-        assert isinstance(store, CodedStore), "a layer that does not evict has coded stores"
+            if self.recipe.selection is not None and self.recipe.selection.uneven:
+                store = RaggedStore(store)
+        assert isinstance(store, CodedStore | RaggedStore), "a layer that does not evict has coded stores"
         with self._naming_the_layer():
             store.put(tokens.keys, tokens.values, keep, None if tokens.position is None else tokens.position.mT)
         self.stores[name] = store  # after what may be refused: a first prompt that is tried again chooses a basis anew
@@ -482,7 +492,7 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             position = None if tokens.position is None else tokens.position.mT
             store.put(tokens.keys, tokens.values, valid, keep, tokens.score, position)
         self.stores["tier 0"] = store
-        store.evict(selection.rank)
+        store.evict(selection.order.rank)
 
     def verify(self, fine: bool) -> None:
         """As `CodedStore.verify`, for all stores."""
@@ -524,18 +534,18 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
         valid = allowed[..., -steps:].diagonal(dim1=-2, dim2=-1)[:, 0].expand(query.shape[0], -1)
         return None if bool(valid.all()) else valid
 
-    def _beside_pending(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
+    @staticmethod
+    def _beside(waiting: Pending, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """The step's mask with columns for the waiting tokens in front."""
-        assert self.pending is not None, "only called while tokens wait"
-        if mask is None and self.pending.valid is None:
+        if mask is None and waiting.valid is None:
             return None
         batch, _, steps, _ = query.shape
         if mask is None:
             mask = torch.ones(steps, steps, dtype=torch.bool, device=query.device).tril()[None, None]
         elif mask.dtype is not torch.bool:
             mask = mask > torch.finfo(mask.dtype).min / 2
-        past = torch.ones(batch, len(self.pending), dtype=torch.bool, device=query.device)
-        past = past if self.pending.valid is None else self.pending.valid
+        past = torch.ones(batch, len(waiting), dtype=torch.bool, device=query.device)
+        past = past if waiting.valid is None else waiting.valid
         return torch.cat([past[:, None, None].expand(-1, -1, steps, -1), mask.expand(batch, -1, -1, -1)], -1)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -557,8 +567,10 @@ class CacheLayer(CacheLayerMixin):  # type: ignore[misc]
             yield from ((name, "metadata", tensor) for name, tensor in self.basis.tensors())
         if self.padding is not None:
             yield "padding", "metadata", self.padding
+        if self.pinned is not None:
+            yield from self.pinned.tensors()
         if self.pending is not None:
-            for name in ("keys", "values", "query", "visual", "valid", "tier", "score", "asked", "position"):
+            for name in ("keys", "values", "query", "visual", "valid", "tier", "score", "asked", "position", "place"):
                 tensor = getattr(self.pending, name)
                 if tensor is not None:
                     yield f"pending.{name}", "exact" if name in ("keys", "values", "query") else "metadata", tensor

@@ -12,7 +12,10 @@ class Pending:
     """Tokens that have been attended but not stored yet, with the columns that travel with them.
 
     keys, values: [B, H, T, D].
-    query: [B, Hq, T, D], while a prompt comes in pieces and is selected from as a whole; else None.
+    query: [B, Hq, T, D], while a prompt comes in pieces and is selected from as a whole (of the newest tokens, if it is pruned as it
+        comes); else None.
+    place: int64, among all tokens that its row has seen, -1 for padding, while a prompt is pruned as it comes; then it, visual and
+        valid are [B, H, T], as heads keep tokens of their own.
     visual, valid: [B, T] bool, False for padding in `valid`; None = no token is visual, all are valid.
     tier: [B, H, T] int8, what the recipe's selection said; None = the first tier.
     position: [B, ids, T], rotary positions, for keys that are encoded without; None = nobody asks.
@@ -29,6 +32,7 @@ class Pending:
     asked: Tensor | None = None
     position: Tensor | None = None
     query: Tensor | None = None
+    place: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[2]
@@ -51,8 +55,25 @@ class Pending:
         keys, values = torch.cat([self.keys, other.keys], 2), torch.cat([self.values, other.values], 2)
         some = self.query is not None and other.query is not None
         query = torch.cat([self.query, other.query], 2) if some else None  # type: ignore[list-item]
-        missing = {"visual": False, "valid": True, "tier": 0, "score": 0, "asked": False, "position": 0}
+        missing = {"visual": False, "valid": True, "tier": 0, "score": 0, "asked": False, "position": 0, "place": -1}
         return Pending(keys, values, **{name: join(name, value) for name, value in missing.items()}, query=query)
+
+    def heads_as_rows(self, heads: int) -> "Pending":
+        """[B, n * heads, T, ...] -> [B * heads, n, T, ...], [B, heads, T] -> [B * heads, T]."""
+        return self._each(lambda x: x.unflatten(1, (heads, -1)).flatten(0, 1), lambda column: column.flatten(0, 1))
+
+    def rows_as_heads(self, batch: int) -> "Pending":
+        """Back again."""
+        return self._each(
+            lambda x: x.unflatten(0, (batch, -1)).flatten(1, 2), lambda column: column.unflatten(0, (batch, -1))
+        )
+
+    def gather(self, tokens: Tensor) -> "Pending":
+        """tokens: [B, n] int64, those of each row."""
+        index = tokens[:, None, :, None]
+        return self._each(
+            lambda x: x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])), lambda column: column.gather(1, tokens)
+        )
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Pending":
         return self._each(change, change)

@@ -167,8 +167,8 @@ def describe(lane: LaneBytes) -> Lane:
     """A lane's tensors as the kernels see them; they must outlive the launch."""
     described = Lane(coded=lane.coded.data_ptr(), ring=lane.lane.ring, runs=lane.starts.shape[2])
     if "numbers" in lane.buffers:
-        exact = lane.buffers["numbers"]
-        described.ring = 0
+        exact = lane.ring if lane.lane.ring else lane.buffers["numbers"]
+        described.ring = 0  # no token of a window is behind it (`attention.cuda.serves`), so none has gone round
     else:
         exact = lane.ring
         codes = lane.buffers["codes"]

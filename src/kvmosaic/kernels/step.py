@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,31 +17,48 @@ from torch import Tensor
 from kvmosaic.kernels import gpu
 from kvmosaic.kernels.attention import cuda
 from kvmosaic.kernels.encode import cuda as encode
+from kvmosaic.kernels.scores import cuda as scores
 
 if TYPE_CHECKING:
     from kvmosaic.kernels.attention import Affine
-    from kvmosaic.stores import CodedStore, Lane
+    from kvmosaic.selection import Order
+    from kvmosaic.stores import CodedStore, EvictingStore, Lane
+
+
+class Scored(NamedTuple):
+    """A store whose tokens carry scores: a step adds to them, and in a full row its token takes the place of another.
+
+    asks: as in `scores.replace`.
+    """
+
+    store: EvictingStore
+    order: Order
+    asks: Tensor | None
 
 
 class Step:
-    """Stores of one layer, of which the first takes the new tokens; `live` [1] int32, 0 = nothing is stored."""
+    """Stores of one layer, of which the first takes the new tokens; `live` [1] int32, 0 = nothing is stored.
 
-    def __init__(self, stores: Sequence[CodedStore], live: Tensor) -> None:
-        self.stores, self.live = list(stores), live
+    scored: set if the first store's tokens carry scores; it is the store within.
+    """
+
+    def __init__(self, stores: Sequence[CodedStore], live: Tensor, scored: Scored | None = None) -> None:
+        self.stores, self.live, self.scored = list(stores), live, scored
         self.arrived = torch.zeros_like(self.stores[0].length, dtype=torch.int32)
         # the lowest that is free: a compiled model holds numbers, and the next cache shall not be compiled anew
         self.number = next(number for number in itertools.count() if number not in _steps)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Step:
-        return register(copy.deepcopy(self.stores, memo), copy.deepcopy(self.live, memo))
+        stores, live, scored = copy.deepcopy((self.stores, self.live, self.scored), memo)
+        return register(stores, live, scored)
 
 
 _steps: WeakValueDictionary[int, Step] = WeakValueDictionary()
 
 
-def register(stores: Sequence[CodedStore], live: Tensor) -> Step:
+def register(stores: Sequence[CodedStore], live: Tensor, scored: Scored | None = None) -> Step:
     """A step that `run` can take, for as long as it is kept."""
-    step = Step(stores, live)
+    step = Step(stores, live, scored)
     _steps[step.number] = step
     return step
 
@@ -79,8 +96,16 @@ def _run(query: Tensor, keys: Tensor, values: Tensor, number: int, scale: float,
     out = query.new_empty(batch, 1, heads, channels)
     sources = [cuda.Source(store.keys, store.values, store.length, store.tier.affine) for store in step.stores]
     first = sources[0]
-    joined = cuda.parts(sources, query, scale, softcap, (keys, values), out)
-    encode.append(first.keys, first.values, first.length, step.arrived, step.live, (keys, values), joined)
+    logits = slot = None
+    if step.scored is not None:
+        rows = first.length.numel()
+        logits = query.new_empty(
+            rows, query.shape[1] * batch // rows, step.scored.store.score.shape[2], dtype=torch.float32
+        )
+    joined = cuda.parts(sources, query, scale, softcap, (keys, values), out, logits)
+    if step.scored is not None and logits is not None:
+        slot = scores.replace(*step.scored, logits, joined, step.live)
+    encode.append(first.keys, first.values, first.length, step.arrived, step.live, (keys, values), joined, slot)
     return out
 
 

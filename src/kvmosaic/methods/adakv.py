@@ -1,8 +1,8 @@
 """AdaKV: the heads of a layer compete for its tokens, each with a floor; around any scorer.
 
 Feng et al., 2024, arXiv:2407.11550; code: FFY0/AdaKV.
-Departures: one decision per KV head (the code: per query head); the floor holds what must stay anyway. Heads lie side by
-side in blocks as long as the longest, so that a layer's bytes follow its greediest head (`compression` counts them).
+Departures: one decision per KV head (the code: per query head); the floor holds what must stay anyway. Each head is stored
+as long as its own tokens, but in captured steps, which give all heads of a layer the room of its greediest.
 """
 
 from kvmosaic.recipe import Recipe

@@ -2,8 +2,8 @@
 
 Kim et al., NeurIPS 2025, arXiv:2505.23416; code: snu-mllab/KVzip.
 Departures: the prompt follows itself without an instruction (a cache has no tokenizer), each piece after its last eight
-tokens; shares are those of the attention over the whole prompt and the repetition, not over the piece alone; heads compete
-within a layer, not across layers (so that a layer's bytes can be told). Costs another pass over the prompt. Text only.
+tokens; shares are those of the attention over the whole prompt and the repetition, not over the piece alone. Costs another
+pass over the prompt. Text only.
 """
 
 from kvmosaic.recipe import Recipe
@@ -11,11 +11,11 @@ from kvmosaic.selection import Budget, Reconstruction, TopTokens, budgeted
 
 
 @budgeted(keep=0.25)
-def kvzip(budget: Budget, *, sinks: int = 4, replay: int = 2000, floor: float | None = None) -> Recipe:
+def kvzip(budget: Budget, *, sinks: int = 4, replay: int = 2000, floor: float = 0.0) -> Recipe:
     """sinks: first tokens that always stay.
 
     replay: how many tokens are fed again at a time.
-    floor: heads compete for tokens, each keeping this share of the mean at least; None = all keep as many.
+    floor: the heads of all layers compete for tokens, each keeping this share of the mean at least; 1 = no contest.
     Later turns and generated tokens all stay.
     """
     selection = TopTokens(scorer=Reconstruction(replay), budget=budget, sinks=sinks, head_floor=floor)

@@ -1,6 +1,6 @@
 """Which tokens stay, and in which tier: decided once, when a token is about to be stored."""
 
-from kvmosaic.selection.base import DROP, WAIT, Evicting, Gathering, Selection, Step
+from kvmosaic.selection.base import DROP, WAIT, Evicting, Gathering, Order, Selection, Step
 from kvmosaic.selection.budget import Budget, Protect, budgeted
 from kvmosaic.selection.layers import LayerBudgets, Profiled, Pyramid
 from kvmosaic.selection.saliency import Saliency
@@ -27,6 +27,7 @@ __all__ = [
     "Gathering",
     "HeavyHitters",
     "LayerBudgets",
+    "Order",
     "Profiled",
     "Protect",
     "Pyramid",

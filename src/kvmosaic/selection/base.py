@@ -1,7 +1,7 @@
 """What a selection sees, and what it answers."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -26,11 +26,18 @@ class Step(NamedTuple):
     place: Tensor  # [B, T] int64, among all tokens that its row has seen; -1 for padding
     visual: Tensor  # [B, T] bool
     frequencies: Tensor | None  # [R], of the rotary embedding, radians a place; None = not known
+    whole: Tensor | None = None  # [B] int64, tokens of the prompt so far, with those dropped already; None = none are
+    known: Tensor | None = None  # [B, T] bool, whose queries are known, where the others' are zeros; None = all are
 
     @property
     def valid(self) -> Tensor:
         """[B, T] bool, False for padding."""
         return self.place >= 0
+
+    @property
+    def asking(self) -> Tensor:
+        """[B, T] bool: the tokens whose queries score."""
+        return self.valid if self.known is None else self.valid & self.known
 
 
 class Selection(Protocol):
@@ -56,12 +63,27 @@ class Selection(Protocol):
     @property
     def replay(self) -> int | None:
         """How many tokens of the first prompt are fed again at a time, to score them by what that pays to each; None = scores
-        come from the prompt's own pass. With it, `assign_scored(step, score)` is asked for the first prompt."""
+        come from the prompt's own pass. With it, `assign_replayed` is asked for the first prompt."""
         return None
+
+    def assign_replayed(self, steps: Sequence[Step], scores: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`assign` for the first prompt in all layers together, with the scores [B, H, T] float32 that its repetition gave."""
+        return [self.assign_scored(step, score) for step, score in zip(steps, scores, strict=True)]
 
     def assign_scored(self, step: Step, score: Tensor) -> Tensor:
         """`assign` with scores [B, H, T] float32 at hand, for selections that are told them."""
         return self.assign(step)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether a prompt may be pruned as it comes: what is left of earlier pieces, and the next one, are assigned as a step
+        whose rows are single heads."""
+        return False
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the heads of a layer may keep different counts of tokens."""
+        return False
 
     @property
     def sized(self) -> bool:
@@ -90,6 +112,21 @@ class Gathering(Selection):
         ...
 
 
+class Order(NamedTuple):
+    """In which tokens leave that carry their place and their score. A value, no function: kernels go by it too
+    (`kernels/scores/cuda.cu`). Tokens with an infinite score never leave."""
+
+    first: int  # so many of the first tokens never leave,
+    recent: int  # nor do so many of the newest
+    by_score: bool  # the least score leaves first; else the oldest
+
+    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
+        """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first, the infinite never."""
+        newest = position.masked_fill(~present, -1).amax(2, keepdim=True)
+        protected = (position < self.first) | (position > newest - self.recent) | score.isinf()
+        return (score if self.by_score else position.float()).masked_fill(protected, torch.inf)
+
+
 class Evicting(Selection):
     """The first prompt sets how many tokens a row may keep; from then on tokens leave as new ones come."""
 
@@ -108,9 +145,10 @@ class Evicting(Selection):
         """[B, T] bool: the tokens of a prompt or a later turn that never leave."""
         ...
 
+    @property
     @abstractmethod
-    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
-        """[B, H, S] each, `present` where a slot holds a token -> float32, the smallest leaves first, the infinite never."""
+    def order(self) -> "Order":
+        """In which tokens leave."""
         ...
 
 

@@ -62,7 +62,8 @@ UNPROTECTED = Protect()
 class Budget:
     """How many tokens of a prompt stay in each KV head: a share of them (`keep`), a count (`tokens`), or as many as a cache
     of so many `gigabytes` (10^9 bytes, of all layers and sequences, right after the first prompt) can hold; one of the three.
-    Later turns, and chunks of a prompt unless the cache takes it whole (`Cache(whole_prompt=True)`), have budgets of their own.
+    Later turns have budgets of their own, and so have chunks of a prompt, unless the cache takes it whole or prunes it as it comes
+    (`Cache(whole_prompt=True)`, `Cache(pruned_prompt=True)`).
 
     Raises ValueError if several or none is given, for a share outside (0, 1], a count below 1, or a size not above 0.
     """

@@ -37,9 +37,9 @@ class AttentionSums:
     normalize: bool = False
 
     def score(self, step: Step) -> Tensor:
-        sums = column_sums(step.query, step.keys, step.scale, step.valid)
+        sums = column_sums(step.query, step.keys, step.scale, step.valid, step.asking)
         if self.normalize:
-            seen_by = step.valid.flip(1).cumsum(1).flip(1).clamp_min(1)
+            seen_by = step.asking.flip(1).cumsum(1).flip(1).clamp_min(1)
             sums = sums / seen_by[:, None]
         return sums
 
@@ -63,7 +63,7 @@ class WindowAttention:
 
     def score(self, step: Step) -> Tensor:
         newest = step.valid.flip(1).cumsum(1).flip(1) <= self.window
-        sums = column_sums(step.query, step.keys, step.scale, step.valid, newest)
+        sums = column_sums(step.query, step.keys, step.scale, step.valid, newest & step.asking)
         if self.pooling == "max":
             return torch.nn.functional.max_pool1d(sums, self.kernel, stride=1, padding=self.kernel // 2)
         return torch.nn.functional.avg_pool1d(sums, self.kernel, stride=1, padding=self.kernel // 2)
@@ -98,7 +98,7 @@ class ExpectedAttention:
                 "rotary_emb.inv_freq, applied to halves). Use another scorer, e.g. snapkv"
             )
         valid, place = step.valid, step.place.clamp_min(0)
-        asking = valid & ((step.place >= 4) | ~(step.place >= 4).any(1, keepdim=True))
+        asking = step.asking & ((step.place >= 4) | ~(step.place >= 4).any(1, keepdim=True))
         weight = asking[:, None, None, :, None].float()
         angle = place[..., None] * step.frequencies  # [B, T, R]
         query = turned(step.query.float(), angle.cos()[:, None], -angle.sin()[:, None])

@@ -1,13 +1,13 @@
 """Keep the tokens that score highest, head by head."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from kvmosaic.selection.base import DROP, Evicting, Selection, Step, places
+from kvmosaic.selection.base import DROP, Evicting, Order, Selection, Step, places
 from kvmosaic.selection.budget import Budget
 from kvmosaic.selection.layers import LayerBudgets
 from kvmosaic.selection.scores import Recency, Reconstruction, Scorer
@@ -19,8 +19,8 @@ class TopTokens(Selection):
 
     sinks: the first tokens of a sequence, which a method itself protects; the budget may protect more.
     layers: how the budget is shared out between layers; None = alike.
-    head_floor: None = every head keeps as many; a share = heads get that share of the mean alike, and compete for the
-        rest by score (AdaKV, arXiv:2407.11550; its alpha).
+    head_floor: None = every head keeps as many; a share = the heads of a layer get that share of the mean alike, and compete
+        for the rest by score (AdaKV, arXiv:2407.11550; its alpha); with a scorer that replays, the heads of all layers.
     What must stay (protected, recent) stays even in a layer or a later turn whose share is smaller; a first prompt with more
     protected tokens than its budget raises ValueError.
     """
@@ -37,10 +37,9 @@ class TopTokens(Selection):
             raise ValueError(f"sinks and recent are counts of tokens, got {self.sinks} and {self.recent}")
         if self.head_floor is not None and not 0 <= self.head_floor <= 1:
             raise ValueError(f"head_floor is a share of the mean budget, between 0 and 1, got {self.head_floor}")
-        if self.head_floor is not None and self.sized:
+        if self.layers is not None and self.replay is not None:
             raise ValueError(
-                f"gigabytes={self.budget.gigabytes} cannot be promised where heads compete: a layer's bytes follow its greediest "
-                "head, which scores alone tell. Give keep= or tokens="
+                "where a prompt is fed again, layers compete, so that no rule shares its budget out between them"
             )
         if self.budget.tokens is not None and self.budget.tokens < self._first + self.recent:
             raise ValueError(
@@ -55,6 +54,14 @@ class TopTokens(Selection):
     @property
     def sees_visual(self) -> bool:
         return self.budget.protect.by_kind
+
+    @property
+    def prunes(self) -> bool:
+        return not self.uneven and self.replay is None
+
+    @property
+    def uneven(self) -> bool:
+        return self.head_floor is not None
 
     @property
     def sized(self) -> bool:
@@ -95,10 +102,16 @@ class TopTokens(Selection):
             return torch.zeros(step.keys.shape[:3], dtype=torch.int8, device=step.keys.device)
         return self.assign_scored(step, self.scorer.score(step))
 
+    def assign_replayed(self, steps: Sequence[Step], scores: Sequence[Tensor]) -> Sequence[Tensor]:
+        together = torch.cat([score.to(scores[0].device) for score in scores], 1)  # as if one layer had all heads
+        tiers = self.assign_scored(steps[0], together).split([score.shape[1] for score in scores], 1)
+        return [tier.to(score.device) for tier, score in zip(tiers, scores, strict=True)]
+
     def assign_scored(self, step: Step, score: Tensor) -> Tensor:
         """`assign` with the scores at hand; score [B, H, T] float32."""
         present = step.valid.sum(1)  # [B]
-        budget = self.budget.count(present)
+        whole = present if step.whole is None else step.whole
+        budget = self.budget.count(whole)
         asked = self.budget.protect.among(step)
         short = (asked.sum(1) > budget) & (step.place == 0).any(1)
         if bool(short.any()):
@@ -112,10 +125,8 @@ class TopTokens(Selection):
         score = score.masked_fill(protected[:, None], torch.inf)
         score = score.masked_fill(~step.valid[:, None], -torch.inf)
         must = protected.sum(1)
-        count = torch.minimum(
-            torch.maximum(self._shared(budget, present, step.layer, step.layers), must), present
-        )  # [B]
-        keep = count[:, None].expand(-1, step.keys.shape[1])
+        count = torch.minimum(torch.maximum(self._shared(budget, whole, step.layer, step.layers), must), present)  # [B]
+        keep = count[:, None].expand(-1, score.shape[1])
         if self.head_floor is not None:
             keep = self._by_head(score, count, must)
         return torch.where(places(score) < keep[..., None], 0, DROP).to(torch.int8)
@@ -176,8 +187,6 @@ class HeavyHitters(TopTokens, Evicting):
         wanted = torch.full_like(present, self.budget.tokens) if self.budget.tokens else self.budget.count(present)
         return self._shared(wanted, present, step.layer, step.layers).clamp_min(self._first + self.recent)
 
-    def rank(self, position: Tensor, score: Tensor, present: Tensor) -> Tensor:
-        newest = position.masked_fill(~present, -1).amax(2, keepdim=True)
-        protected = (position < self._first) | (position > newest - self.recent) | score.isinf()
-        by = position.float() if isinstance(self.scorer, Recency) else score
-        return by.masked_fill(protected, torch.inf)
+    @property
+    def order(self) -> Order:
+        return Order(self._first, self.recent, by_score=not isinstance(self.scorer, Recency))

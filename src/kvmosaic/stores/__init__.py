@@ -3,5 +3,17 @@
 from kvmosaic.stores.coded import EXACT, Coded, CodedStore, PerLayer, Store, Tier
 from kvmosaic.stores.evicting import EvictingStore
 from kvmosaic.stores.lane import Lane, LaneBytes
+from kvmosaic.stores.ragged import RaggedStore
 
-__all__ = ["EXACT", "Coded", "CodedStore", "EvictingStore", "Lane", "LaneBytes", "PerLayer", "Store", "Tier"]
+__all__ = [
+    "EXACT",
+    "Coded",
+    "CodedStore",
+    "EvictingStore",
+    "Lane",
+    "LaneBytes",
+    "PerLayer",
+    "RaggedStore",
+    "Store",
+    "Tier",
+]

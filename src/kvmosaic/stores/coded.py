@@ -1,5 +1,6 @@
 """Tokens as codes: the store behind every quantizer, and behind exact tokens too (their codec is `Exact`)."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -174,17 +175,21 @@ class CodedStore:
                 heads = 1 if bool((keep == keep[:, :1]).all()) else keep.shape[1]
                 order = order[:, :heads].expand(-1, -1, -1, place.shape[3])
                 place = place.expand(-1, heads, -1, -1).gather(2, order)
-        for lane, x in ((self.keys, keys), (self.values, values)):
-            if (finite := lane.finite(x)) is not None:
-                self.unverified.append((lane.role, finite))
-        if keys.device.type == "cpu":
-            self.verify()
+        self.examine(keys, values)
         even = None if count is not None else self._even.of(self.length)
         self.keys.put(keys, count, self.length, place, even)
         self.values.put(values, count, self.length, None, even)
         self.length = self.length + (keys.shape[2] if count is None else count)
         if even is not None:
             self._even = Even(self.length, even + keys.shape[2])
+
+    def examine(self, keys: Tensor, values: Tensor) -> None:
+        """Raises NotFinite if these cannot be encoded; on a GPU `verify` does."""
+        for lane, x in ((self.keys, keys), (self.values, values)):
+            if (finite := lane.finite(x)) is not None:
+                self.unverified.append((lane.role, finite))
+        if keys.device.type == "cpu":
+            self.verify()
 
     def verify(self, fine: bool = False) -> None:
         """Raises NotFinite if what has been put since the last time cannot be encoded. fine: somebody has looked, and it can."""
@@ -201,16 +206,39 @@ class CodedStore:
         self.length = length
         self.keys.coded = self.values.coded = length
 
-    def pin(self, tokens: int) -> None:
-        """Room for `tokens` slots, in tensors that a captured step writes in place (until `put` needs more)."""
-        self.keys.pin(tokens)
-        self.values.pin(tokens)
+    def needs(self, tokens: int) -> int:
+        """Slots for `tokens` more in every row."""
+        return int(self.length.max()) + tokens
+
+    def pin(self, slots: int, runs: int = 0) -> None:
+        """Room for `slots` and for `runs` more runs, in tensors that a captured step reads and writes in place."""
+        self.keys.pin(slots, runs)
+        self.values.pin(slots, runs)
         self.length = self.length.clone()
+
+    def unpin(self) -> None:
+        """Back to tensors that `put` may replace."""
+        self.keys.unpin()
+        self.values.unpin()
+
+    def put_pinned(self, keys: Tensor, values: Tensor, keep: Tensor) -> None:
+        """`put` as one more run while pinned, for lanes that hold nothing back: nothing waits for the device."""
+        count, order = keep.sum(2), (~keep).to(torch.uint8).argsort(dim=2, stable=True)[..., None]
+        for lane, x in ((self.keys, keys), (self.values, values)):
+            lane.put_pinned(x.gather(2, order.expand_as(x)), count)
+        self.length += count
 
     @property
     def room(self) -> int:
         """Slots that both sides have room for."""
         return min(self.keys.room, self.values.room)
+
+    @property
+    def runs_left(self) -> float:
+        """Runs that there is room for; no end of them where tokens share nothing by run."""
+        return min(
+            (lane.starts.shape[2] - lane.runs for lane in (self.keys, self.values) if lane.by_run), default=math.inf
+        )
 
     def load(self, other: "CodedStore") -> bool:
         """Take over another store's tokens into the tensors that are here; False if they have no room for them."""

@@ -51,6 +51,37 @@ class EvictingStore:
         self.placed = self.placed + valid.sum(1)
         self.store.put(keys, values, keep, position)
 
+    def needs(self, tokens: int) -> int:
+        """Slots for `tokens` more: no row grows beyond its capacity."""
+        assert self.capacity is not None, "the first prompt sets the capacity"
+        return min(int(self.capacity.max()), self.store.needs(tokens))
+
+    def pin(self, slots: int) -> None:
+        """Room for `slots`, in tensors that a captured step writes in place; and in the columns for the step's own token
+        beside them, which is ranked before it is known whether another leaves."""
+        assert self.capacity is not None, "the first prompt sets the capacity"
+        self.store.pin(slots)
+        grow = max(0, slots + 1 - self.position.shape[2])
+        self.position = torch.nn.functional.pad(self.position, (0, grow))
+        self.score = torch.nn.functional.pad(self.score, (0, grow))
+        self.placed, self.capacity = self.placed.clone(), self.capacity.clone()
+
+    @property
+    def room(self) -> int:
+        return min(self.store.room, self.position.shape[2] - 1)
+
+    def load(self, other: "EvictingStore") -> bool:
+        """As `CodedStore.load`."""
+        assert self.capacity is not None and other.capacity is not None, "the first prompt sets the capacity"
+        if not self.store.load(other.store):
+            return False
+        held = min(self.position.shape[2], other.position.shape[2])  # beyond the longest row they say nothing
+        self.position[..., :held] = other.position[..., :held]
+        self.score[..., :held] = other.score[..., :held]
+        self.placed.copy_(other.placed)
+        self.capacity.copy_(other.capacity)
+        return True
+
     def attend(
         self, query: Tensor, scale: float, softcap: float | None, fresh: tuple[Tensor, Tensor] | None = None
     ) -> attention.Partial:

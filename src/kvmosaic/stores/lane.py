@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 LARGEST = torch.finfo(torch.float16).max / 2
 """Of a number to encode: twice it, the widest range of a group, must fit float16."""
+
+
+NEVER = 2**62
+"""The first slot of a run that there is room for."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class LaneBytes:
         ids = 0 if self.rotary is None else self.rotary.ids
         self.position = torch.zeros(batch, 1, 0, ids, dtype=torch.int32, device=like.device)
         self.free = 0  # tokens that can come before any row has some to encode
+        self.runs = 0  # while pinned: how many of `starts` are runs; the others are room
 
     def finite(self, x: Tensor) -> Tensor | None:
         """[] bool, whether float16 ranges can be fitted to x; None if nothing is to be encoded."""
@@ -200,11 +205,41 @@ class LaneBytes:
                 packed[name] = self.buffers[name][:, :, start // part.every : -(-stop // part.every)]
         return packed
 
-    def pin(self, tokens: int) -> None:
-        """Room for `tokens` slots and for the whole ring, in tensors that a captured step writes in place."""
-        self._reserve(tokens)
+    def pin(self, tokens: int, runs: int = 0) -> None:
+        """Room for `tokens` slots, for the whole ring and for `runs` more runs, in tensors that a captured step reads and writes
+        in place."""
+        self._reserve(tokens - self.lane.window)
         self._reserve_ring(self.lane.ring)
-        self.coded, self.free = self.coded.clone(), 0
+        self.coded, self.free, self.runs = self.coded.clone(), 0, self.starts.shape[2]
+        if self.by_run:
+            self.starts = torch.nn.functional.pad(self.starts, (0, runs), value=NEVER)
+            for name in self._run_parts:
+                self.buffers[name] = torch.nn.functional.pad(self.buffers[name], (0, 0, 0, runs))
+
+    def unpin(self) -> None:
+        self.starts = self.starts[:, :, : self.runs].contiguous()
+        for name in self._run_parts:
+            self.buffers[name] = self.buffers[name][:, :, : self.runs].contiguous()
+
+    def put_pinned(self, x: Tensor, count: Tensor) -> None:
+        """Encode one more run while pinned: x [B, H, T, D], of which each row has its first `count` tokens."""
+        assert not self.lane.ring, "asked before (`hooks.pinned.why_not`)"
+        coded, starts, buffers = self.coded, self.starts, dict(self.buffers)
+        parts = {name: buffers.pop(name) for name in self._run_parts}
+        self.unpin()
+        self._write(x, count, self.room)  # which makes new tensors of what is counted and of runs:
+        # what they hold goes to where a captured step finds it
+        assert all(self.buffers[name] is buffer for name, buffer in buffers.items()), (
+            "pinned with room for all that comes"
+        )
+        self.runs = self.starts.shape[2]
+        self.coded, self.starts = coded.copy_(self.coded), _into(starts, self.starts)
+        for name, part in parts.items():
+            self.buffers[name] = _into(part, self.buffers[name])
+
+    @property
+    def _run_parts(self) -> list[str]:
+        return [name for name, part in self.parts.items() if part.every is None]
 
     @property
     def room(self) -> int:
@@ -214,19 +249,38 @@ class LaneBytes:
             for name, part in self.parts.items()
             if part.every is not None
         ]
-        return min(each, default=0)
+        return min(each, default=0) + self.lane.window
 
     def load(self, other: LaneBytes) -> bool:
         """Take over the bytes of another lane into the tensors that are here; False if they have no room for them."""
         pairs = [(buffer, other.buffers[name]) for name, buffer in self.buffers.items()] + [(self.ring, other.ring)]
-        if any(mine.shape[2] < theirs.shape[2] for mine, theirs in pairs) or self.starts.shape != other.starts.shape:
+        pairs.append((self.starts, other.starts))
+        if any(mine.shape[2] < theirs.shape[2] for mine, theirs in pairs):
             return False
+        self.starts.fill_(NEVER)
         for mine, theirs in pairs:
-            mine[:, :, : theirs.shape[2]] = theirs
+            _into(mine, theirs)
         self.coded.copy_(other.coded)
-        self.starts.copy_(other.starts)
-        self.free = 0
+        self.free, self.runs = 0, other.starts.shape[2]
         return True
+
+    def join(self, rows: Sequence[LaneBytes]) -> None:
+        """Take over the tokens of lanes of one row each, [B * H] of them; every row gets the room of the longest."""
+        assert self.basis is None, "each row would know its keys by channels of its own"
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            most = max(part.shape[2] for part in parts)
+            padded = [torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[2])) for part in parts]
+            return torch.cat(padded).view(*self.coded.shape, most, parts[0].shape[3])
+
+        self.buffers = {name: joined([lane.buffers[name] for lane in rows]) for name in self.buffers}
+        self.ring, self.position = joined([lane.ring for lane in rows]), joined([lane.position for lane in rows])
+        self.coded = torch.cat([lane.coded for lane in rows]).view_as(self.coded)
+        runs = max(lane.starts.shape[2] for lane in rows)
+        # a run in which a row took no tokens is empty, and begins where the next one does
+        starts = [torch.cat([lane.starts, lane.coded[..., None].expand(-1, -1, runs)], 2) for lane in rows]
+        self.starts = torch.cat([each[:, :, :runs] for each in starts]).view(*self.coded.shape, runs)
+        self.free = 0
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy encoded tokens from slots `source` to slots `target`, [B, H, n] each; for lanes that write one by one."""
@@ -373,3 +427,9 @@ class LaneBytes:
             grown = buffer.new_zeros(*buffer.shape[:2], -(-room // per_entry), buffer.shape[3])
             grown[:, :, : buffer.shape[2]] = buffer
             self.buffers[name] = grown
+
+
+def _into(room: Tensor, x: Tensor) -> Tensor:
+    """`room`, of which the first entries are now those of `x`."""
+    room[:, :, : x.shape[2]] = x
+    return room

@@ -14,6 +14,7 @@
 //   GROUP (keys) tokens that share a channel's range, 0 = a run; GROUPS (values) ranges of a token;
 //   FACTOR 1 = channel factors once a run; LOW 1 = low is stored, 0 = number = STEP * scale * (code - ZERO);
 //   TABLE 1 = a code stands for a byte of LEVELS, four words of them. RUNS 1 = there is more than one run.
+// LOGITS 1 = the logits themselves are left, too, for the tokens' scores (scores/cuda.cu).
 #include "attention/work.cuh"
 
 enum { EXACT, CHANNEL, TOKEN };
@@ -617,6 +618,22 @@ DEVICE void calibration(const Work& w, i64 row, int j, float (&slope)[TILES], fl
   }
 }
 
+// the logits of tokens t0 ..., of which [begin, end) are real
+template <int N>
+DEVICE void leave_logits(const Warp& warp, const Work& w, i64 row, int t0, int begin, int end, const float (&s)[TILES][N]) {
+#pragma unroll
+  for (int t = 0; t < TILES; t++) {
+    const int q = blockIdx.z * ROWS + 4 * t + warp.j;
+    if (q >= w.query.count) continue;
+    float* to = w.logits + (row * w.query.count + q) * w.logit_stride;
+#pragma unroll
+    for (int x = 0; x < N; x++) {
+      const int token = t0 + 8 * x + warp.r;
+      if (token >= begin && token < end) to[token] = s[t][x];
+    }
+  }
+}
+
 DEVICE void attend_codes(Warp& warp, const Work& w, i64 row, int limit) {
   Words k[KEY_LOADS], v[VALUE_LOADS];
   float slope[TILES], least[TILES];
@@ -653,6 +670,7 @@ DEVICE void attend_codes(Warp& warp, const Work& w, i64 row, int limit) {
               if (token < begin || token >= end) s[t][x] = -infinity();
             }
         }
+        if (LOGITS) leave_logits(warp, w, row, t0, begin, end, s);
         warp.weigh(s, weight);
         warp.mix(v, s, weight);
         if (following >= 0) load_values(following);
@@ -769,6 +787,7 @@ DEVICE void attend_exact(Warp& warp, const Work& w, i64 row, const Exact& exact,
     }
     const int following = t0 + 16 * step;
     if (following < end) load_keys(following);
+    if (LOGITS) leave_logits(warp, w, row, t0, begin, end, s);
     warp.weigh(s, weight);
     warp.exact_mix(v, s, weight);
     if (following < end) load_values(following);

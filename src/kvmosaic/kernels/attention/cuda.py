@@ -50,7 +50,8 @@ class _Query(ctypes.Structure):
 class _Work(ctypes.Structure):
     _fields_ = [
         ("store", gpu.Store), ("query", _Query), ("fresh", gpu.Fresh),
-        *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "least", "greatest")),
+        *((name, ctypes.c_void_p) for name in ("out", "most", "sum", "least", "greatest", "logits")),
+        ("logit_stride", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("scale", "softcap", "affine_low", "affine_high")),
         *((name, ctypes.c_int32) for name in ("heads", "splits", "official", "unit")),
     ]  # fmt: skip
@@ -106,8 +107,12 @@ def attend(
 
 def serves(source: Source) -> bool:
     keys, values = source.keys, source.values
+    behind = [
+        lane.lane.ring and "numbers" in lane.buffers and lane.buffers["numbers"].shape[2] for lane in (keys, values)
+    ]
     return (
-        keys.channels == values.channels
+        not any(behind)  # exact tokens in a window and others behind it
+        and keys.channels == values.channels
         and (keys.rotary is None or keys.rotary.plain(keys.channels, keys.coded.device) is not None)
         and keys.ring.dtype in gpu.NUMBERS
         and why_not(keys.lane, values.lane, keys.channels, source.affine is not None) is None
@@ -137,19 +142,22 @@ def parts(
     softcap: float | None,
     fresh: tuple[Tensor, Tensor] | None,
     into: Partial | Tensor,
+    logits: Tensor | None = None,
 ) -> gpu.Joined:
     """Attention over all the sources and the fresh tokens, in parts that are yet to be joined into `into`, by what is queued next.
 
     query: [B, H, M, D] float32 for a Partial of that shape; or [B, Hq, 1, D] in the model's type for a Tensor
         [B, 1, Hq, D] of it.
     fresh: exact keys and values [B, H, E, D] of the step itself.
+    logits: [B * H, M, slots + E] float32 for the logits of the first source, in base 2: of its tokens and, after them, of the
+        fresh ones.
     """
     first = sources[0]
     batch, heads = first.length.shape
     channels, device = first.keys.channels, query.device
     rows = query if isinstance(into, Partial) else None
     count = query.shape[2] if rows is not None else query.shape[1] // heads
-    plans = [_plan(source, count, softcap) for source in sources]
+    plans = [_plan(source, count, softcap, logits is not None and source is first) for source in sources]
     kernels = [gpu.kernel(plan.file, "attend", plan.macros, device, 32 * plan.warps, plan.shared) for plan in plans]
     blocks = [batch * heads * -(-count // plan.queries) for plan in plans]
     tails = [  # parts of what is exact
@@ -194,6 +202,8 @@ def parts(
                 work.query.rotated = turned.data_ptr()
         if index == 0 and fresh is not None:
             work.fresh = gpu.fresh(*fresh)
+        if index == 0 and logits is not None:
+            work.logits, work.logit_stride = logits.data_ptr(), logits.shape[2]
         work.out, work.most, work.sum = (x[starts[index]].data_ptr() for x in (out, numbers[0], numbers[1]))
         grid = (splits[index], batch * heads, blocks[index] // (batch * heads))
         if source.affine is not None:
@@ -214,7 +224,7 @@ def _ints(values: list[int], size: int) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * size)(*values)
 
 
-def _plan(source: Source, count: int, softcap: float | None) -> Plan:
+def _plan(source: Source, count: int, softcap: float | None, scored: bool) -> Plan:
     keys, values = source.keys, source.values
     if isinstance(keys.lane.codec, Coupled):
         return lookup.plan(keys, values, count, softcap)
@@ -230,6 +240,7 @@ def _plan(source: Source, count: int, softcap: float | None) -> Plan:
         "BLOCKS": str(5 - tiles),  # of threads, resident in a multiprocessor
         "SOFTCAP": str(int(softcap is not None)),
         "AFFINE": str(int(source.affine is not None)),
+        "LOGITS": str(int(scored)),
         "ROTATED": str(int(forms[0].rotation is not None)),
         "RUNS": str(int(max(keys.starts.shape[2], values.starts.shape[2]) > 1)),
         **forms[0].macros("keys"),

@@ -20,6 +20,8 @@ struct Work {
   float* sum;
   float* least;          // [splits][rows][count], of `ranges`
   float* greatest;
+  float* logits;         // [rows][count][logit_stride] in base 2, of the tokens held and then of the step's own
+  i64 logit_stride;
   float scale, softcap;  // both times log2(e); softcap 0 = none
   float affine_low, affine_high;  // times log2(e)
   int heads, splits, official;

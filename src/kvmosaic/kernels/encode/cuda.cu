@@ -45,7 +45,8 @@ struct Side {          // a lane to be written; a row is a KV head of a sequence
 
 struct Append {
   Side keys, values;
-  i64* length;         // [rows], to be one more
+  i64* length;         // [rows], to be one more; or null, and then
+  const i64* slot;     // [rows], where it goes, among tokens that are written one by one; -1: nowhere
   u32* arrived;        // [rows], zeros between launches
   const int* live;     // 0: no token is written
   Fresh fresh;         // that token
@@ -397,6 +398,10 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
   bool stays = true;  // exact, that is
   if constexpr (Form::form != EXACT) {
     const int coded = (int)side.coded[row];
+    if (Form::form == TOKEN && slot < coded) {  // in another's place
+      encode_block<Form>(side, row, head, slot / BLOCK, slot, slot + 1, 0, Rows{token, 0, slot});
+      return;
+    }
     if (slot - coded + 1 - side.window >= side.flush) {
       const int end = coded + side.flush;
       const Ring at{side.exact + row * side.exact_room * HEAD, token, side.ring, slot};
@@ -410,7 +415,7 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
     }
   }
   if (!stays) return;
-  if (Form::form == EXACT && threadIdx.x == 0) side.coded[row] = slot + 1;
+  if (Form::form == EXACT && threadIdx.x == 0 && slot >= side.coded[row]) side.coded[row] = slot + 1;
   u16* to = side.exact + (row * side.exact_room + (side.ring ? slot % side.ring : slot)) * HEAD;
   for (int d = threadIdx.x; d < HEAD; d += THREADS) to[d] = token[d];
 }
@@ -424,8 +429,8 @@ KERNEL(THREADS, 4) append(const Append w) {
     combine(w.joined, row, gridDim.x, blockIdx.y);
     return;
   }
-  const int live = *w.live, slot = (int)w.length[row];
-  if (!live) return;
+  const int live = *w.live, slot = (int)(w.slot == nullptr ? w.length : w.slot)[row];
+  if (!live || slot < 0) return;
   const Fresh& new_token = w.fresh;
   if (side == 0)
     append_to<Keys>(w.keys, row, (int)head, slot, new_token.keys + batch * new_token.key_strides[0] + head * new_token.key_strides[1]);
@@ -433,7 +438,7 @@ KERNEL(THREADS, 4) append(const Append w) {
     append_to<Values>(w.values, row, (int)head, slot,
                       new_token.values + batch * new_token.value_strides[0] + head * new_token.value_strides[1]);
   barrier();  // each thread has read the length
-  if (threadIdx.x == 0 && arrive_of_two(w.arrived + row)) w.length[row] = slot + 1;
+  if (threadIdx.x == 0 && w.slot == nullptr && arrive_of_two(w.arrived + row)) w.length[row] = slot + 1;
 }
 #else
 KERNEL(THREADS, 6) encode(const Writing w) {

@@ -29,7 +29,7 @@ class _Side(ctypes.Structure):
 
 class _Append(ctypes.Structure):
     _fields_ = [
-        ("keys", _Side), ("values", _Side), *((name, ctypes.c_void_p) for name in ("length", "arrived", "live")),
+        ("keys", _Side), ("values", _Side), *((name, ctypes.c_void_p) for name in ("length", "slot", "arrived", "live")),
         ("fresh", gpu.Fresh), ("joined", gpu.Joined), ("heads", ctypes.c_int32),
     ]  # fmt: skip
 
@@ -85,7 +85,7 @@ def _write_run(lane: LaneBytes, x: Tensor, count: Tensor | None) -> None:
     codec = lane.lane.codec
     assert isinstance(codec, Uniform), "only uniform codecs have parameters of runs"
     outside = None  # what is not a row's
-    if count is not None and not bool((count == x.shape[2]).all()):
+    if count is not None:
         outside = (torch.arange(x.shape[2], device=x.device) >= count[..., None])[..., None]
     if codec.equalize:
         channel = (x if outside is None else x.masked_fill(outside, 0)).abs().amax(2, keepdim=True).float().sqrt()
@@ -110,12 +110,15 @@ def append(
     live: Tensor,
     new: tuple[Tensor, Tensor],
     joined: gpu.Joined | None = None,
+    slot: Tensor | None = None,
 ) -> None:
     """The token of a decode step, [B, H, 1, D] each side, into a store of `length` [B, H], which is one more afterwards.
 
     arrived: [B, H] int32, zeros. live: [1] int32; 0 = the step is one too many, and nothing is written. joined: the parts of
     the step's attention, to be joined meanwhile. Nothing is allocated, and all lengths are read and written on the device:
     the store has room (`CodedStore.pin`).
+    slot: [B, H] int64, where the token goes if not after the others, -1 = nowhere; for lanes that write one by one, and the
+        length stays as it is.
     """
     joined = joined or gpu.Joined()
     if isinstance(keys.lane.codec, Coupled):
@@ -127,8 +130,18 @@ def append(
     value_side, held_values = _side(values)
     batch, heads = length.shape
     arguments = _Append(
-        key_side, value_side, length.data_ptr(), arrived.data_ptr(), live.data_ptr(), gpu.fresh(*new), joined, heads
+        key_side,
+        value_side,
+        arrived=arrived.data_ptr(),
+        live=live.data_ptr(),
+        fresh=gpu.fresh(*new),
+        joined=joined,
+        heads=heads,
     )
+    if slot is None:
+        arguments.length = length.data_ptr()
+    else:
+        arguments.slot = slot.data_ptr()
     macros = _macros(keys, key_form, value_form) | {"APPENDS": "1"}
     gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, joined.count + 2, 1), arguments)
     del held_keys, held_values
