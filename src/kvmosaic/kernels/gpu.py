@@ -38,6 +38,7 @@ THREADS = 128
 """Of a block, unless a kernel says otherwise."""
 
 H100_SHARED = 227 * 1024
+"""Bytes of shared memory that a block of threads can have there."""
 
 _pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 

@@ -1,5 +1,5 @@
-"""Attention over coded stores on an NVIDIA GPU: cuda.cu (or lookup.cu) leaves a part for each split of each store, combine.cu
-joins them."""
+"""Attention over coded stores on an NVIDIA GPU: cuda.cu, or lookup.cu or levels.cu for what is learned, leaves a part for each split
+of each store; combine.cu joins them."""
 
 from __future__ import annotations
 
