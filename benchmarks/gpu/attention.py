@@ -14,8 +14,10 @@ import triton.language as tl
 from common import (
     by_run,
     copy_bandwidth,
+    cq,
     graphed,
     kivi,
+    kvquant,
     machine,
     microseconds,
     nbytes,
@@ -41,7 +43,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int]] = {  # batch, KV heads, querie
 }
 
 
-def forms() -> dict[str, Coded]:
+def forms(heads: int = 8, channels: int = 128) -> dict[str, Coded]:
     return {
         "exact": EXACT,
         **{f"runs {bits}": by_run(bits) for bits in (8, 4, 2, 1)},
@@ -51,6 +53,8 @@ def forms() -> dict[str, Coded]:
             f"turboquant {bits}, window 32": tier_of(methods.get("turboquant")(bits=bits, window=32))
             for bits in (4, 2, 1)
         },
+        **{f"cq {coupled}c{bits}b": cq(heads, channels, coupled, bits) for coupled, bits in ((8, 8), (4, 8), (8, 10))},
+        **{f"kvquant {bits}": kvquant(heads, channels, bits) for bits in (4, 3, 2)},
         "runs 1, calibrated": Coded(by_run(1).keys, by_run(1).values, Affine()),
         "runs 2, calibrated": Coded(by_run(2).keys, by_run(2).values, Affine()),
     }
@@ -138,6 +142,7 @@ def main() -> None:
     rows = []
     for shape in arguments.shapes:
         batch, heads, _, tokens, channels = SHAPES[shape]
+        tiers = forms(heads, channels)
         dense = 2 * batch * heads * tokens * channels * 2
         others = rivals(*SHAPES[shape])
         torch.cuda.empty_cache()
@@ -145,7 +150,7 @@ def main() -> None:
         for name, each in others.items():
             rows.append({"shape": shape, "form": name, "microseconds": each, "bytes": dense})
         for form in arguments.forms:
-            each, held, _ = ours(forms()[form], *SHAPES[shape])
+            each, held, _ = ours(tiers[form], *SHAPES[shape])
             rows.append({"shape": shape, "form": form, "microseconds": each, "bytes": held})
             torch.cuda.empty_cache()
         for row in rows:

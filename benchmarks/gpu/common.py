@@ -14,8 +14,10 @@ import torch
 import transformers
 import triton
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvmosaic.codecs import Uniform
+from kvmosaic.codecs import Coupled, Levels, Uniform
+from kvmosaic.hooks.rotary import Rotary
 from kvmosaic.recipe import Recipe
 from kvmosaic.stores import Coded, CodedStore, Lane
 
@@ -91,14 +93,17 @@ def copy_bandwidth() -> float:
 def random_store(tier: Coded, batch: int, heads: int, tokens: int, channels: int, room: int = 0) -> CodedStore:
     """A store of `tokens` tokens in bfloat16 that nobody encoded: random codes, scales and exact numbers."""
     empty = torch.empty(batch, heads, 0, channels, dtype=torch.bfloat16, device="cuda")
-    store = CodedStore(tier, empty, empty)
+    store = CodedStore(tier, empty, empty, rotary=_rotary(channels) if tier.keys.pre_rope else None)
+    if tier.keys.pre_rope:
+        place = torch.arange(tokens + room, dtype=torch.int32, device="cuda")
+        store.keys.position = place[None, None, :, None].expand(batch, 1, -1, 1).contiguous()
     for lane in (store.keys, store.values):
         lane._reserve(tokens + room)
         lane._reserve_ring(min(lane.lane.ring, tokens))
         for name, buffer in lane.buffers.items():
             if lane.parts[name].every is None:
                 buffer = lane.buffers[name] = buffer.new_empty(batch, heads, 1, buffer.shape[3])
-            _fill(buffer, name)
+            _fill(buffer, name, channels)
         lane.ring.normal_()
         exact = max(0, tokens - lane.lane.window) // lane.lane.flush * lane.lane.flush
         lane.coded.fill_(exact)
@@ -108,11 +113,24 @@ def random_store(tier: Coded, batch: int, heads: int, tokens: int, channels: int
     return store
 
 
-def _fill(buffer: Tensor, name: str) -> None:
-    if buffer.dtype is torch.uint8:
+def _rotary(channels: int) -> Rotary:
+    """Of a model with Llama-3.1's rotary positions, less their scaling."""
+    config = LlamaConfig(
+        hidden_size=channels, head_dim=channels, num_attention_heads=1, num_hidden_layers=1, intermediate_size=8, vocab_size=8,
+        rope_theta=500000.0,
+    )  # fmt: skip
+    return Rotary(LlamaForCausalLM(config).cuda())
+
+
+def _fill(buffer: Tensor, name: str, channels: int) -> None:
+    if name == "where":
+        buffer.random_(channels)
+    elif buffer.dtype is torch.uint8:
         buffer.random_()
     elif name == "low":
         buffer.uniform_(-1.5, -0.5)
+    elif name == "range":
+        buffer.uniform_(0.5, 1.5)
     elif name == "scale":
         buffer.uniform_(0.2, 0.6)
     else:
@@ -134,6 +152,23 @@ def kivi(bits: int, group: int = 128) -> Coded:
     """Keys by channel over `group` tokens, values by token; the newest tokens exact."""
     keys = Lane(Uniform(bits=bits, axis="channel", group=group), flush=128)
     return Coded(keys, Lane(Uniform(bits=bits, axis="token", group=None if group == 128 else group), window=128))
+
+
+def cq(heads: int, channels: int, coupled: int, bits: int = 8) -> Coded:
+    """CQ's form, rotated keys, with centroids at random."""
+    shape = (2, heads, channels // coupled, 2**bits, coupled)
+    keys, values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    return Coded(Lane(Coupled(keys)), Lane(Coupled(values)))
+
+
+def kvquant(heads: int, channels: int, bits: int) -> Coded:
+    """KVQuant's form with 1 % of outliers, ranges and levels as normal numbers have them; keys before their rotary positions."""
+    table = torch.linspace(-1, 1, 2**bits)
+    ranges = torch.stack([torch.zeros(heads, channels), torch.full((heads, channels), 2.5)]).half()
+    keys, values = (
+        Levels(levels=table, restored=table, ranges=own, outliers=-(-channels // 100)) for own in (ranges, None)
+    )
+    return Coded(Lane(keys, pre_rope=True), Lane(values))
 
 
 def tier_of(recipe: Recipe) -> Coded:

@@ -10,7 +10,7 @@ import statistics
 from typing import Any
 
 import torch
-from common import by_run, copy_bandwidth, kivi, machine, microseconds, parser, tier_of, write
+from common import by_run, copy_bandwidth, cq, kivi, machine, microseconds, parser, tier_of, write
 from decode import CONFIG, random_model, recipe
 
 import kvmosaic
@@ -29,6 +29,7 @@ def encoding(bandwidth: float) -> list[dict[str, Any]]:
     tiers: dict[str, Coded] = {
         **{f"runs {bits}": by_run(bits) for bits in (4, 2, 1)},
         **{f"kivi {bits}, groups of 32": kivi(bits, 32) for bits in (4, 2)},
+        "cq 8c8b": cq(heads, size, 8),
         **{f"turboquant {bits}": tier_of(methods.get("turboquant")(bits=bits, window=32)) for bits in (4, 2, 1)},
     }
     for name, tier in tiers.items():

@@ -134,6 +134,7 @@ def test_doctor_says_which_kernel_serves(run: Run) -> None:
     rows = {row["what"]: row["state"] for row in run("doctor", "--json", "-").rows}
     assert rows["torch"]
     assert rows["kernels on cpu"]
+    assert rows["method cq"].endswith("captured on a GPU: yes"), "as it is once it has learned"
 
 
 def test_demo_tells_and_draws(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 import kvmosaic
 from kvmosaic import Cache, Decoder, Recipe, methods
 from kvmosaic.decoding import captured
-from tests import models
+from tests import learned, models
 from tests.instances import EXACT
 from tests.models import Row, prompt
 
@@ -53,6 +53,13 @@ def test_captured_is_eager_on_padded_batches_and_across_flushes(text: str, gpu_d
     assert torch.equal(
         ours(model, inputs, text, max_new_tokens=tokens), eager(model, inputs, text, max_new_tokens=tokens)
     )
+
+
+@pytest.mark.parametrize("window", ["", "window=20"])
+def test_captured_is_eager_with_coupled_channels(window: str, gpu_device: torch.device) -> None:
+    model, inputs = bfloat16("llama", gpu_device), inputs_for("llama", gpu_device, *PADDED)
+    text = learned.recipe("llama", "cq coupled=4 bits=4", window)
+    assert torch.equal(ours(model, inputs, text, max_new_tokens=10), eager(model, inputs, text, max_new_tokens=10))
 
 
 @pytest.mark.parametrize("text", VISUAL)

@@ -10,6 +10,7 @@
 #define DEVICE_MEMBER inline
 #define KERNEL(threads, blocks) extern "C" void
 #define SHARED static
+#define POOL(name, bytes) alignas(16) static u8 name[bytes]
 #define __global__
 
 struct Index {
@@ -22,7 +23,7 @@ struct Words {
 };
 
 namespace fibers {
-constexpr int MOST = 256, STACK = 128 * 1024;
+constexpr int MOST = 512, STACK = 128 * 1024;
 struct Warp {
   u32 values[32][16];  // what each lane brought
   u32 results[32][4];
@@ -147,6 +148,10 @@ static inline u16 float_to_half(float x) {
   memcpy(&z, &y, 2);
   return z;
 }
+static inline u32 add_halves(u32 a, u32 b) {
+  const float low = half_to_float((u16)a) + half_to_float((u16)b), high = half_to_float((u16)(a >> 16)) + half_to_float((u16)(b >> 16));
+  return float_to_half(low) | (u32)float_to_half(high) << 16;
+}
 static inline float number_to_float(u16 x) {
 #if NUMBER == 0
   return __uint_as_float((u32)x << 16);
@@ -200,7 +205,8 @@ static inline void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 
   memcpy(c, fibers::warps[fibers::current / 32].results[fibers::current % 32], 16);
 }
 // m16n8k16 of 16-bit numbers: the same, with two numbers a register and columns 2 (l mod 4), + 8
-static inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+template <float (*TO_FLOAT)(u16)>
+static void mma_of(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   u32 mine[10] = {a0, a1, a2, a3, b0, b1};
   memcpy(mine + 6, c, 16);
   fibers::together(mine, 10, [](fibers::Warp& warp) {
@@ -211,12 +217,18 @@ static inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u3
         for (int k = 0; k < 16; k++) {
           const u32 a = warp.values[row * 4 + k % 8 / 2][high + 2 * (k / 8)] >> (16 * (k % 2));
           const u32 b = warp.values[column * 4 + k % 8 / 2][4 + k / 8] >> (16 * (k % 2));
-          sum += number_to_float((u16)a) * number_to_float((u16)b);
+          sum += TO_FLOAT((u16)a) * TO_FLOAT((u16)b);
         }
         warp.results[i][x] = __float_as_uint(sum);
       }
   });
   memcpy(c, fibers::warps[fibers::current / 32].results[fibers::current % 32], 16);
+}
+static inline void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  mma_of<number_to_float>(c, a0, a1, a2, a3, b0, b1);
+}
+static inline void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  mma_of<half_to_float>(c, a0, a1, a2, a3, b0, b1);
 }
 
 // every block of a grid, one after another

@@ -40,10 +40,20 @@ class Emulator:
         self.folder = folder
         self.kernel = lru_cache(maxsize=None)(self._kernel)
 
-    def __call__(self, file: str, name: str, macros: Mapping[str, str], device: torch.device) -> gpu.Kernel:
-        return self.kernel(file, name, tuple(sorted(macros.items())))
+    def __call__(
+        self,
+        file: str,
+        name: str,
+        macros: Mapping[str, str],
+        device: torch.device,
+        threads: int = gpu.THREADS,
+        shared: int = 0,
+    ) -> gpu.Kernel:
+        return self.kernel(file, name, tuple(sorted(macros.items())), threads, shared)
 
-    def _kernel(self, file: str, name: str, macros: tuple[tuple[str, str], ...]) -> gpu.Kernel:
+    def _kernel(
+        self, file: str, name: str, macros: tuple[tuple[str, str], ...], threads: int, shared: int
+    ) -> gpu.Kernel:
         written = self.folder / f"{name}{len(list(self.folder.iterdir()))}.cpp"
         defined = "\n".join(f"#define {key} {value}" for key, value in macros)
         written.write_text(SOURCE.format(macros=defined, file=gpu.FOLDER / file, name=name))
@@ -52,7 +62,7 @@ class Emulator:
         assert COMPILER is not None, "skipped without one"
         done = subprocess.run([COMPILER, *options, str(written), "-o", str(built)], capture_output=True, text=True)
         assert not done.returncode, done.stderr[:4000]
-        return Emulated(ctypes.CDLL(str(built)), threads=128, resident=3)
+        return Emulated(ctypes.CDLL(str(built)), threads=threads, shared=shared, resident=3)
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,8 @@ def why_not(recipe: Recipe, layer: int, channels: int, dtype: torch.dtype, devic
         stores = [(EXACT.lanes(layer), None), *stores]
     if isinstance(recipe.selection, Evicting) and stores[0][1] is not None:
         return "tokens are scored by their logits, and calibrated ones are others"
+    if isinstance(recipe.selection, Evicting) and any(lane.codec.learned() for lane in stores[0][0]):
+        return "tokens are scored by their logits, which the kernels of learned codecs do not leave"
     return step.why_not(stores, channels, dtype, device)
 
 

@@ -66,9 +66,34 @@ class Rotary:
         # bound methods, not the model: a cache holds this object, and the model's buffers are none of its bytes
         self._tables = functools.partial(table.forward, **({"layer_type": "full_attention"} if by_type else {}))
         self._apply = _applying(decoder, table)
+        self._frequencies = getattr(table, "full_attention_inv_freq" if by_type else "inv_freq", None)
+        self._stretch = float(
+            getattr(table, "full_attention_attention_scaling" if by_type else "attention_scaling", 1.0)
+        )
+        self._plain: dict[tuple[int, torch.device], Tensor | None] = {}
 
     def __deepcopy__(self, memo: Any) -> Rotary:
         return self
+
+    def plain(self, channels: int, device: torch.device) -> tuple[Tensor, float] | None:
+        """Radians a place for each pair of channels i and i + channels / 2, [channels / 2] float32, and by what all are stretched.
+
+        None for a model that rotates otherwise (other pairs, a part of the channels, more than one id a token).
+        """
+        if (channels, device) not in self._plain:
+            turns, found = self._frequencies, None
+            if turns is not None and self.ids == 1 and turns.shape == (channels // 2,):
+                turns = turns.to(device, torch.float32)
+                x = torch.randn(1, 1, 4, channels, generator=torch.Generator().manual_seed(0)).to(device)
+                place = torch.tensor([0, 1, 7, 100], device=device)
+                angle = (place[:, None] * turns).tile(2)
+                a, b = x.chunk(2, -1)
+                ours = self._stretch * (x * angle.cos() + torch.cat([-b, a], -1) * angle.sin())
+                if torch.allclose(self.rotate(x, place[None, None, :, None]), ours, atol=1e-4):
+                    found = turns
+            self._plain[channels, device] = found
+        turns = self._plain[channels, device]
+        return None if turns is None else (turns, self._stretch)
 
     def rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """x [B, H, T, D], position [B, 1 or H, T, ids] -> float32."""

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvmosaic.codecs import Codec, Exact, Rotated, Sphere, Uniform, sphere_levels
-from kvmosaic.kernels.layout import Role, bytes_per_block
+from kvmosaic.codecs import Codec, Coupled, Exact, Levels, Rotated, Sphere, Uniform, sphere_levels
+from kvmosaic.kernels.layout import Role
 
 if TYPE_CHECKING:
     from kvmosaic.stores.lane import LaneBytes
@@ -33,7 +33,11 @@ MOST_CHANNELS = 256
 FITS = ("", "norm", "matched", "unbiased", "least")
 
 MOST_STORES = 4
-INCLUDED = ("warp.cuh", "attention/combine.cuh")
+INCLUDED = ("warp.cuh", *(f"attention/{name}.cuh" for name in ("work", "streams", "combine")))
+THREADS = 128
+"""Of a block, unless a kernel says otherwise."""
+
+H100_SHARED = 227 * 1024
 
 _pointer, _int, _int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 
@@ -42,9 +46,27 @@ class Lane(ctypes.Structure):
     """`struct Lane` of warp.cuh."""
 
     _fields_ = [
-        *((name, _pointer) for name in ("codes", "scale", "low", "channel", "exact", "coded", "starts")),
+        *(
+            (name, _pointer)
+            for name in (
+                "codes",
+                "scale",
+                "low",
+                "channel",
+                "exact",
+                "learned",
+                "restored",
+                "where",
+                "missing",
+                "position",
+                "turns",
+                "coded",
+                "starts",
+            )
+        ),
         *((name, _int64) for name in ("code_stride", "entry_stride", "exact_room")),
-        *((name, _int) for name in ("ring", "runs")),
+        *((name, _int) for name in ("ring", "runs", "position_room", "position_heads")),
+        ("stretch", ctypes.c_float),
     ]
 
 
@@ -148,14 +170,29 @@ def describe(lane: LaneBytes) -> Lane:
         described.ring = 0  # no token of a window is behind it (`attention.cuda.serves`), so none has gone round
     else:
         exact = lane.ring
-        codes, scale = lane.buffers["codes"], lane.buffers["scale"]
-        described.codes, described.scale = codes.data_ptr(), scale.data_ptr()
-        described.code_stride = codes.shape[2] * bytes_per_block(lane.channels, lane.parts["codes"].bits)
-        described.entry_stride = scale.shape[2] * scale.shape[3]
+        codes = lane.buffers["codes"]
+        described.code_stride = codes.shape[2] * codes.shape[3]
         described.starts = lane.starts.data_ptr()
-        for name in ("low", "channel"):
+        for name in ("codes", "scale", "low", "channel", "where", "missing"):
             if name in lane.buffers:
                 setattr(described, name, lane.buffers[name].data_ptr())
+        if "scale" in lane.buffers:
+            described.entry_stride = lane.buffers["scale"].shape[2] * lane.buffers["scale"].shape[3]
+        codec = lane.lane.codec
+        if isinstance(codec, Coupled):
+            described.learned = codec.centroids.data_ptr()
+        if isinstance(codec, Levels):
+            described.restored = codec.restored.data_ptr()
+            if codec.ranges is None:
+                described.scale = lane.buffers["range"].data_ptr()
+            else:
+                described.learned = codec.ranges.data_ptr()
+        if lane.rotary is not None:
+            plain = lane.rotary.plain(lane.channels, lane.coded.device)
+            assert plain is not None, "asked before"
+            described.turns, described.stretch = plain[0].data_ptr(), plain[1]
+            described.position = lane.position.data_ptr()
+            described.position_heads, described.position_room = lane.position.shape[1:3]
     described.exact, described.exact_room = exact.data_ptr(), exact.shape[2]
     return described
 
@@ -174,6 +211,7 @@ class Kernel:
 
     function: Any
     threads: int
+    shared: int  # bytes of a block, beside those that the source declares
     resident: int  # blocks of threads that the whole GPU runs at once
 
     def __call__(self, grid: tuple[int, int, int], arguments: ctypes.Structure) -> None:
@@ -183,7 +221,9 @@ class Kernel:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
         stream = torch.cuda.current_stream().cuda_stream
         _checked(
-            driver.cuLaunchKernel(self.function, *grid, self.threads, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
+            driver.cuLaunchKernel(
+                self.function, *grid, self.threads, 1, 1, self.shared, stream, ctypes.addressof(pointers), 0
+            )
         )
 
 
@@ -206,13 +246,27 @@ def why_not(device: torch.device) -> str | None:
     return missing
 
 
-def kernel(file: str, name: str, macros: Mapping[str, str], device: torch.device) -> Kernel:
-    """The kernel `name` of a source in this folder, for these macros."""
-    return _kernel(file, name, tuple(sorted(macros.items())), device)
+def most_shared(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads can have; an H100's where there is no GPU."""
+    if device.type != "cuda":
+        return H100_SHARED
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    return int(_checked(driver.cuDeviceGetAttribute(attribute, device.index or 0)))
+
+
+def kernel(
+    file: str, name: str, macros: Mapping[str, str], device: torch.device, threads: int = THREADS, shared: int = 0
+) -> Kernel:
+    """The kernel `name` of a source in this folder, for these macros; shared: bytes that its POOL has."""
+    return _kernel(file, name, tuple(sorted(macros.items())), device, threads, shared)
 
 
 @lru_cache(maxsize=1024)
-def _kernel(file: str, name: str, macros: tuple[tuple[str, str], ...], device: torch.device) -> Kernel:
+def _kernel(
+    file: str, name: str, macros: tuple[tuple[str, str], ...], device: torch.device, threads: int, shared: int
+) -> Kernel:
     from cuda.bindings import driver
 
     with torch.cuda.device(device):
@@ -221,9 +275,11 @@ def _kernel(file: str, name: str, macros: tuple[tuple[str, str], ...], device: t
         code = _compiled(file, macros, f"sm_{properties.major}{properties.minor}")
         library = _checked(driver.cuLibraryLoadData(code, [], [], 0, [], [], 0))
         function = _checked(driver.cuKernelGetFunction(_checked(driver.cuLibraryGetKernel(library, name.encode()))))
-        threads = 128
-        blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, 0))
-        return Kernel(function, threads, blocks * properties.multi_processor_count)
+        if shared:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _checked(driver.cuFuncSetAttribute(function, attribute, shared))
+        blocks = _checked(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared))
+        return Kernel(function, threads, shared, blocks * properties.multi_processor_count)
 
 
 def _compiled(file: str, macros: tuple[tuple[str, str], ...], arch: str) -> bytes:

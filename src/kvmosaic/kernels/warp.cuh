@@ -14,6 +14,7 @@ typedef long long i64;
 #define DEVICE_MEMBER __device__ __forceinline__
 #define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define SHARED __shared__
+#define POOL(name, bytes) extern __shared__ __align__(16) u8 name[]  // as many as the launch says, beyond 48 KiB too
 struct Words {
   u32 x, y, z, w;
 };
@@ -30,13 +31,16 @@ DEVICE void mma(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #else
 #define KIND "f16"
 #endif
-// numbers of the model's 16-bit type into float32: A 16 x 16, B 16 x 8
-DEVICE void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND
-               ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+// 16-bit numbers into float32: A 16 x 16, B 16 x 8
+#define MMA(name, kind)                                                                                     \
+  DEVICE void name(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {                         \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." kind "." kind                                     \
+                 ".f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"                                  \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                   \
+  }
+MMA(mma, KIND)  // of the model's type
+MMA(mma_half, "f16")
 DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
@@ -87,6 +91,11 @@ DEVICE u32 permute(u32 low, u32 high, u32 selector) {
   asm("prmt.b32 %0,%1,%2,%3;" : "=r"(y) : "r"(low), "r"(high), "r"(selector));
   return y;
 }
+DEVICE u32 add_halves(u32 a, u32 b) {  // two float16
+  u32 y;
+  asm("add.rn.f16x2 %0,%1,%2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
 DEVICE u32 shuffle(u32 x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
@@ -120,6 +129,12 @@ struct Lane {            // one side of a store; a row is a KV head of a sequenc
   const u16* low;        // the same
   const u16* channel;    // [rows][runs][channels] float16, factors of channels
   const u16* exact;      // [rows][exact_room][channels] tokens as they are
+  const void* learned;   // float16: of Coupled [heads][groups][codes][channels of a group]; of Levels [2][heads][channels], ranges
+  const float* restored; // of Levels [codes]
+  const u8* where;       // of Levels [rows][slots][outliers] channels
+  const u16* missing;    // the same, float16
+  const int* position;   // [rows or sequences][position_room], of keys before their rotary positions
+  const float* turns;    // [channels / 2] radians a place, of channels i and i + channels / 2
   const i64* coded;      // [rows] tokens that are codes
   const i64* starts;     // [rows][runs] first token of each run
   i64 code_stride;       // bytes of a row
@@ -127,6 +142,8 @@ struct Lane {            // one side of a store; a row is a KV head of a sequenc
   i64 exact_room;
   int ring;              // token t lies in exact at t % ring; 0: at t
   int runs;
+  int position_room, position_heads;  // heads: 1 = all of a sequence's are alike
+  float stretch;         // of rotated keys
 };
 
 struct Store {

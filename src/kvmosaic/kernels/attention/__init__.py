@@ -28,8 +28,7 @@ def attend(
     fresh: tuple[Tensor, Tensor] | None = None,
 ) -> Partial:
     """As `reference.attend`, by the fastest kernel that serves these lanes on their device."""
-    # no kernel reads keys that are narrower than the query, or rotated as they are read
-    served = keys.basis is None and keys.rotary is None
-    kernels = {"cpu": cpu, "cuda": cuda}.get(query.device.type) if served else None
+    # no kernel reads keys that are narrower than the query
+    kernels = {"cpu": cpu, "cuda": cuda}.get(query.device.type) if keys.basis is None else None
     part = kernels and kernels.attend(keys, values, length, query, scale, softcap, affine, fresh)
     return part or reference.attend(keys, values, length, query, scale, softcap, affine, fresh)

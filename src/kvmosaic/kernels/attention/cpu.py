@@ -58,7 +58,7 @@ def attend(
     """
     kernels = native.kernels()
     channels = keys.channels
-    if kernels.library is None or values.channels != channels:
+    if kernels.library is None or values.channels != channels or keys.rotary is not None:
         return None
     batch, heads = length.shape
     key_lane, value_lane = lane(keys, batch, heads), lane(values, batch, heads)

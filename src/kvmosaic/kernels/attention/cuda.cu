@@ -15,7 +15,7 @@
 //   FACTOR 1 = channel factors once a run; LOW 1 = low is stored, 0 = number = STEP * scale * (code - ZERO);
 //   TABLE 1 = a code stands for a byte of LEVELS, four words of them. RUNS 1 = there is more than one run.
 // LOGITS 1 = the logits themselves are left, too, for the tokens' scores (scores/cuda.cu).
-#include "warp.cuh"
+#include "attention/work.cuh"
 
 enum { EXACT, CHANNEL, TOKEN };
 constexpr int WARPS = 4, ROWS = 4 * TILES;
@@ -38,32 +38,6 @@ constexpr int STAGE = KEY_STAGE * (1 + KEY_LOW) + VALUE_STAGE * (1 + VALUE_LOW);
 constexpr bool STAGED = CODED && STAGE > 0 && STAGE <= 2048;  // more would not leave room for two a warp: read where they are
 constexpr int QS = DP + 16;                     // a query row in shared memory, apart by half of the banks
 constexpr float MOST = 32512.f;                 // 127 * 256: the largest that two signed bytes hold, and even
-
-struct Query {
-  const float* rows;     // [rows][count][channels]; or null, and then
-  const u16* numbers;    // [batch][query heads][channels] of one step, with these strides
-  const float* rotated;  // [rows][count][channels], what the codes see, where they are of rotated numbers; or null, and
-  const float* rotate;   // [channels][channels], the matrix: its first column has the signs of a Hadamard rotation
-  i64 batch_stride, head_stride;
-  int count;             // queries of a KV head
-};
-
-struct Work {
-  Store store;
-  Query query;
-  Fresh fresh;
-  float* out;            // [parts][rows][count][channels], not divided by the sum
-  float* most;           // [parts][rows][count], of the logits in base 2
-  float* sum;
-  float* least;          // [splits][rows][count], of `ranges`
-  float* greatest;
-  float* logits;         // [rows][count][logit_stride] in base 2, of the tokens held and then of the step's own
-  i64 logit_stride;
-  float scale, softcap;  // both times log2(e); softcap 0 = none
-  float affine_low, affine_high;  // times log2(e)
-  int heads, splits, official;
-  int unit;              // chunks in a row for one warp, which then scales the query once a group
-};
 
 // what a plane's operands come out multiplied by, taken off
 DEVICE float plane_factor(bool table, int bits, int plane) { return table ? 1.f : 1.f / (float)(1 << (bits * plane)); }
@@ -608,16 +582,7 @@ DEVICE void load_query(const Work& w, i64 row, bool rotated, float* shared) {
   const float* from = rotated && !HADAMARD ? w.query.rotated : w.query.rows;
   for (int x = threadIdx.x; x < ROWS * DP; x += 32 * WARPS) {
     const int q = x / DP, d = x % DP;
-    float y = 0.f;
-    if (first + q < w.query.count && d < HEAD) {
-      if (from != nullptr) {
-        y = from[(row * w.query.count + first + q) * HEAD + d];
-      } else {
-        const u32 batch = (u32)row / w.heads, head = (u32)row % w.heads * w.query.count + first + q;
-        y = number_to_float(w.query.numbers[batch * w.query.batch_stride + head * w.query.head_stride + d]);
-      }
-    }
-    shared[q * QS + d] = y * w.scale;
+    shared[q * QS + d] = query_number(w, from, row, first + q, d);
   }
   barrier();
   if constexpr (ROTATED && HADAMARD) {
@@ -894,20 +859,7 @@ KERNEL(32 * WARPS, BLOCKS) attend(const Work w) {
     }
   }
   barrier();
-  const int first = blockIdx.z * ROWS;
-  for (int x = threadIdx.x; x < ROWS * HEAD; x += 32 * WARPS) {
-    const int q = x / HEAD, d = x % HEAD;
-    if (first + q >= w.query.count) break;
-    float most = LEAST, sum = 0.f, out = 0.f;
-    for (int i = 0; i < WARPS; i++) most = fmaxf(most, mosts[i][q]);
-    for (int i = 0; i < WARPS; i++) {
-      const float f = exp2_fast(mosts[i][q] - most);
-      sum += sums[i][q] * f, out += shared.outs[i][q][d] * f;
-    }
-    const i64 at = ((i64)blockIdx.x * gridDim.y + row) * w.query.count + first + q;
-    w.out[at * HEAD + d] = out;
-    if (d == 0) w.most[at] = most, w.sum[at] = sum;
-  }
+  write_part<WARPS, ROWS>(w, row, mosts[0], sums[0], shared.outs[0][0]);
 }
 
 #if AFFINE

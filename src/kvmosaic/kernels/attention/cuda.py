@@ -1,19 +1,22 @@
-"""Attention over coded stores on an NVIDIA GPU: cuda.cu leaves a part for each split of each store, combine.cu joins them."""
+"""Attention over coded stores on an NVIDIA GPU: cuda.cu (or lookup.cu) leaves a part for each split of each store, combine.cu
+joins them."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvmosaic.codecs import Coupled, Levels
 from kvmosaic.codecs.rotated import rotation
 from kvmosaic.kernels import gpu
+from kvmosaic.kernels.attention import levels, lookup
 from kvmosaic.kernels.attention.partial import Partial
+from kvmosaic.kernels.attention.plan import Plan
 from kvmosaic.kernels.attention.reference import Affine
 from kvmosaic.kernels.layout import BLOCK, padded
 
@@ -54,23 +57,14 @@ class _Work(ctypes.Structure):
     ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What is compiled for a store, and in how many parts its tokens are read."""
-
-    keys: gpu.Form
-    values: gpu.Form
-    macros: dict[str, str]
-    chunks: int  # of tokens, as a warp takes them
-    units: tuple[int, ...]  # how many in a row a warp may take
-    overhead: float  # of beginning and ending a part, in chunks
-    rows_a_block: int
-
-
 def why_not(keys: Lane, values: Lane, channels: int, affine: bool = False) -> str | None:
     """Why the kernels cannot serve a store of these lanes; None if they can."""
+    if isinstance(keys.codec, Levels) or isinstance(values.codec, Levels):
+        return levels.why_not(keys, values, channels, affine)
     if keys.pre_rope:
         return "keys that are rotated as they are read"
+    if isinstance(keys.codec, Coupled) or isinstance(values.codec, Coupled):
+        return lookup.why_not(keys, values, channels, affine)
     forms = gpu.form(keys.codec, "keys", channels), gpu.form(values.codec, "values", channels)
     for each in forms:
         if isinstance(each, str):
@@ -119,6 +113,7 @@ def serves(source: Source) -> bool:
     return (
         not any(behind)  # exact tokens in a window and others behind it
         and keys.channels == values.channels
+        and (keys.rotary is None or keys.rotary.plain(keys.channels, keys.coded.device) is not None)
         and keys.ring.dtype in gpu.NUMBERS
         and why_not(keys.lane, values.lane, keys.channels, source.affine is not None) is None
     )
@@ -163,10 +158,10 @@ def parts(
     rows = query if isinstance(into, Partial) else None
     count = query.shape[2] if rows is not None else query.shape[1] // heads
     plans = [_plan(source, count, softcap, logits is not None and source is first) for source in sources]
-    kernels = [gpu.kernel("attention/cuda.cu", "attend", plan.macros, device) for plan in plans]
-    blocks = [batch * heads * -(-count // plan.rows_a_block) for plan in plans]
-    tails = [  # parts of what is exact beside rotated codes
-        int(plan.keys.rotation is not None and bool((index == 0 and fresh is not None) or source.keys.lane.ring))
+    kernels = [gpu.kernel(plan.file, "attend", plan.macros, device, 32 * plan.warps, plan.shared) for plan in plans]
+    blocks = [batch * heads * -(-count // plan.queries) for plan in plans]
+    tails = [  # parts of what is exact
+        int(plan.apart and bool((index == 0 and fresh is not None) or source.keys.lane.ring))
         for index, (source, plan) in enumerate(zip(sources, plans, strict=True))
     ]
     splits, units = zip(*map(_splits, plans, blocks, tails, kernels), strict=True)
@@ -198,8 +193,8 @@ def parts(
         else:
             work.query.numbers = query.data_ptr()
             work.query.batch_stride, work.query.head_stride = query.stride()[:2]
-        if plan.keys.rotation is not None:
-            held.append(matrix := rotation(channels, plan.keys.rotation, device))
+        if plan.rotation is not None:
+            held.append(matrix := rotation(channels, plan.rotation, device))
             work.query.rotate = joined.unrotate[index] = matrix.data_ptr()
             if channels & (channels - 1):  # no Hadamard matrix, whose product the kernel does by itself
                 plain = query.float().view(batch, heads, count, channels) if rows is None else rows
@@ -215,7 +210,7 @@ def parts(
             work.official = source.affine.official
             work.affine_low, work.affine_high = source.affine.low * LOG2_E, source.affine.high * LOG2_E
             work.least, work.greatest = (x[starts[index]].data_ptr() for x in (numbers[2], numbers[3]))
-            gpu.kernel("attention/cuda.cu", "ranges", plan.macros, device)(grid, work)
+            gpu.kernel(plan.file, "ranges", plan.macros, device)(grid, work)
         kernel((grid[0] + tails[index], *grid[1:]), work)
     if isinstance(into, Partial):
         joined.rows, joined.lse = into.out.data_ptr(), into.lse.data_ptr()
@@ -229,8 +224,12 @@ def _ints(values: list[int], size: int) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * size)(*values)
 
 
-def _plan(source: Source, count: int, softcap: float | None, scored: bool) -> _Plan:
+def _plan(source: Source, count: int, softcap: float | None, scored: bool) -> Plan:
     keys, values = source.keys, source.values
+    if isinstance(keys.lane.codec, Coupled):
+        return lookup.plan(keys, values, count, softcap)
+    if isinstance(keys.lane.codec, Levels):
+        return levels.plan(keys, values, count, softcap)
     forms = gpu.form(keys.lane.codec, "keys", keys.channels), gpu.form(values.lane.codec, "values", keys.channels)
     assert isinstance(forms[0], gpu.Form) and isinstance(forms[1], gpu.Form), "only asked of lanes that are served"
     tiles = 1 if count <= 4 else 2
@@ -255,11 +254,21 @@ def _plan(source: Source, count: int, softcap: float | None, scored: bool) -> _P
         room, bits = keys.buffers["codes"].shape[2] * BLOCK, forms[0].bits + forms[1].bits
     overhead = OVERHEAD / (tokens * keys.channels * bits / 8)
     grouped = forms[0].form == 1 and forms[0].group
-    units = (1, BLOCK // tokens) if grouped else (1,)
-    return _Plan(forms[0], forms[1], macros, -(-room // tokens), units, overhead, 4 * tiles)
+    seed = forms[0].rotation
+    return Plan(
+        file="attention/cuda.cu",
+        macros=macros,
+        chunks=-(-room // tokens),
+        units=(1, BLOCK // tokens) if grouped else (1,),
+        overhead=overhead,
+        queries=4 * tiles,
+        warps=WARPS,
+        rotation=seed,
+        apart=seed is not None,
+    )
 
 
-def _splits(plan: _Plan, blocks: int, tail: int, kernel: gpu.Kernel) -> tuple[int, int]:
+def _splits(plan: Plan, blocks: int, tail: int, kernel: gpu.Kernel) -> tuple[int, int]:
     """In how many parts to read, and how many chunks in a row: the fewest rounds of resident blocks of threads times what each
     warp has to do."""
 
@@ -267,13 +276,13 @@ def _splits(plan: _Plan, blocks: int, tail: int, kernel: gpu.Kernel) -> tuple[in
         splits, unit = choice
         rounds = -(-blocks * (splits + tail) // kernel.resident)
         scaling = len(plan.units) > 1  # of the query, once a unit: about as much as a chunk
-        return rounds * (-(-plan.chunks // (WARPS * splits * unit)) * (unit + scaling) + plan.overhead)
+        return rounds * (-(-plan.chunks // (plan.warps * splits * unit)) * (unit + scaling) + plan.overhead)
 
     return min(
         (
             (splits, unit)
             for unit in plan.units
-            for splits in range(1, max(1, min(128, -(-plan.chunks // (WARPS * unit)))) + 1)
+            for splits in range(1, max(1, min(128, -(-plan.chunks // (plan.warps * unit)))) + 1)
         ),
         key=cost,
     )

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kvmosaic.codecs import Codec, Rotated, Uniform
+from kvmosaic.codecs import Codec, Coupled, Levels, Rotated, Uniform
 from kvmosaic.codecs.rotated import rotation
 from kvmosaic.kernels import gpu
+from kvmosaic.kernels.encode import lookup
 from kvmosaic.kernels.layout import BLOCK
 
 if TYPE_CHECKING:
@@ -46,8 +47,12 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor | None) -> bool:
 
     The lane has room for them. False, and nothing done, if the kernels do not run here or cannot serve the lane.
     """
+    if gpu.why_not(x.device):
+        return False
+    if isinstance(lane.lane.codec, Coupled):
+        return lookup.write(lane, x, count)
     form = gpu.form(lane.lane.codec, lane.role, lane.channels)
-    if gpu.why_not(x.device) or isinstance(form, str) or form.form == 0 or x.dtype not in gpu.NUMBERS:
+    if isinstance(form, str) or form.form == 0 or x.dtype not in gpu.NUMBERS:
         return False
     if form.group and BLOCK % form.group:
         return False  # a range would lie in two blocks of threads
@@ -115,13 +120,15 @@ def append(
     slot: [B, H] int64, where the token goes if not after the others, -1 = nowhere; for lanes that write one by one, and the
         length stays as it is.
     """
+    joined = joined or gpu.Joined()
+    if isinstance(keys.lane.codec, Coupled):
+        return lookup.append(keys, values, length, arrived, live, new, joined)
     forms = [gpu.form(lane.lane.codec, lane.role, lane.channels) for lane in (keys, values)]
     key_form, value_form = forms
     assert isinstance(key_form, gpu.Form) and isinstance(value_form, gpu.Form), "asked before (`why_not`)"
     key_side, held_keys = _side(keys)
     value_side, held_values = _side(values)
     batch, heads = length.shape
-    joined = joined or gpu.Joined()
     arguments = _Append(
         key_side,
         value_side,
@@ -142,6 +149,10 @@ def append(
 
 def why_not(codec: Codec, role: str, channels: int) -> str | None:
     """Why `append` cannot write a lane, beyond what attention says of it; None if it can."""
+    if isinstance(codec, Coupled):
+        return None
+    if isinstance(codec, Levels):
+        return "a token's learned levels and outliers are found by PyTorch"
     form = gpu.form(codec, "keys" if role == "keys" else "values", channels)
     if isinstance(form, str):
         return form
