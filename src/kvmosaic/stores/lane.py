@@ -170,10 +170,11 @@ class LaneBytes:
             else:
                 longest = int((length + count).max())
             self._reserve_ring(min(self.lane.ring, longest))
+        if tokens == 1 and count is None and even is not None:  # a decode step, of many layers
+            self.ring.select(2, even % self.lane.ring).copy_(x[:, :, 0])
+            return
         first = 0 if count is not None else max(0, tokens - self.lane.ring)
-        slot = length[..., None]
-        if tokens > 1:  # a decode step has one, and many layers
-            slot = slot + torch.arange(first, tokens, device=x.device)
+        slot = length[..., None] + torch.arange(first, tokens, device=x.device)
         stay = None  # of whole rows, what is encoded is written too: its place in the ring is free
         if count is not None:
             stay = (slot >= self.coded[..., None]) & (slot < (length + count)[..., None])
@@ -347,8 +348,12 @@ class LaneBytes:
         """As `_oldest`, where every row has `coded` tokens encoded and `held` in the ring."""
         if not held:
             return x[:, :, :most]
-        slot = torch.arange(coded, coded + min(held, most), device=x.device) % self.lane.ring
-        ring = self.ring.index_select(2, slot)
+        first, count = coded % self.lane.ring, min(held, most)
+        if first + count <= self.lane.ring:
+            ring = self.ring[:, :, first : first + count]
+        else:
+            slot = torch.arange(first, first + count, device=x.device) % self.lane.ring
+            ring = self.ring.index_select(2, slot)
         return ring if most <= held else torch.cat([ring, x[:, :, : most - held]], 2)
 
     def _write(self, x: Tensor, count: Tensor | None, last: int) -> None:

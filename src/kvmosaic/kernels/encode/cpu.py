@@ -24,22 +24,28 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor | None) -> bool:
     Raises ValueError for tensors that are not what the store says they are, before C sees them.
     """
     codec, kernels = lane.lane.codec, native.kernels()
-    if kernels.library is None or isinstance(codec, Exact) or cpu.why_not(codec, lane.role, lane.channels):
+    if kernels.library is None or isinstance(codec, Exact):
+        return False
+    batch, heads = lane.coded.shape
+    described = cpu.lane(lane, batch, heads)
+    if described is None:
         return False
     codec = cpu.unrotated(codec)
-    batch, heads = lane.coded.shape
     x = x if x.stride(3) == 1 else x.contiguous()
     cpu.check("the tokens to encode", x, (batch, heads, x.shape[2], lane.channels), None)
-    count = torch.full((batch, heads), x.shape[2]) if count is None else count
-    cpu.check("count", count, (batch, heads), torch.int64)
-    if int(count.max()) > x.shape[2]:
-        raise ValueError(f"count asks for {int(count.max())} tokens of a row, {x.shape[2]} came")
-    for name, part in lane.parts.items():
-        if part.every is None:  # one more run; of an empty row the range is 0 and the factors 1, as in the codec
-            new = torch.full((batch, heads, 1, part.width), float(name == "channel"), dtype=part.dtype)
-            lane.buffers[name] = torch.cat([lane.buffers[name], new], 2)
-    described = cpu.lane(lane, batch, heads)
-    assert described is not None, "a kernel that encodes a lane reads it too"
+    if count is None:
+        count = torch.full((batch, heads), x.shape[2])
+    else:
+        cpu.check("count", count, (batch, heads), torch.int64)
+        if int(count.max()) > x.shape[2]:
+            raise ValueError(f"count asks for {int(count.max())} tokens of a row, {x.shape[2]} came")
+    if lane.by_run:
+        for name, part in lane.parts.items():
+            if part.every is None:  # one more run; of an empty row the range is 0 and the factors 1, as in the codec
+                new = torch.full((batch, heads, 1, part.width), float(name == "channel"), dtype=part.dtype)
+                lane.buffers[name] = torch.cat([lane.buffers[name], new], 2)
+        described = cpu.lane(lane, batch, heads)
+        assert described is not None, "one more run does not change who serves a lane"
     arguments = native.Encoding(described, native.Exact.of(x), count.data_ptr())
     arguments.lane.runs += lane.by_run
     arguments.batch, arguments.heads, arguments.channels = batch, heads, lane.channels
