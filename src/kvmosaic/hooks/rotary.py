@@ -66,7 +66,9 @@ class Rotary:
         # bound methods, not the model: a cache holds this object, and the model's buffers are none of its bytes
         self._tables = functools.partial(table.forward, **({"layer_type": "full_attention"} if by_type else {}))
         self._apply = _applying(decoder, table)
-        self._frequencies = getattr(table, "full_attention_inv_freq" if by_type else "inv_freq", None)
+        self._frequencies = functools.partial(
+            getattr, table, "full_attention_inv_freq" if by_type else "inv_freq", None
+        )
         self._stretch = float(
             getattr(table, "full_attention_attention_scaling" if by_type else "attention_scaling", 1.0)
         )
@@ -81,7 +83,7 @@ class Rotary:
         None for a model that rotates otherwise (other pairs, a part of the channels, more than one id a token).
         """
         if (channels, device) not in self._plain:
-            turns, found = self._frequencies, None
+            turns, found = self._frequencies(), None
             if turns is not None and self.ids == 1 and turns.shape == (channels // 2,):
                 turns = turns.to(device, torch.float32)
                 x = torch.randn(1, 1, 4, channels, generator=torch.Generator().manual_seed(0)).to(device)
