@@ -8,6 +8,7 @@ from torch import Tensor
 import kvmosaic
 from kvmosaic import Cache, Recipe, methods
 from kvmosaic.errors import CacheMismatch, NotFinite, RecipeConflict, UnsupportedModel
+from kvmosaic.stores import coded
 from tests import models
 from tests.instances import TIERS
 from tests.models import generate, prompt
@@ -154,6 +155,26 @@ def test_numbers_that_are_not_finite_name_the_layer(bad: float, steps: int) -> N
     assert cache.layers[1].get_seq_length() == 50
     with pytest.raises(CacheMismatch, match="ended halfway"):
         model(ids(1), past_key_values=cache)
+
+
+def test_a_device_that_would_have_to_be_waited_for_is_asked_once_at_the_end_of_a_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Too late for the bytes of the layer, so the cache is refused from then on."""
+    monkeypatch.setattr(coded, "answers_at_once", lambda device: False)
+    model = models.make("llama")
+    cache = Cache(model, Recipe(tiers=(TIERS["token4"],)))
+    model(ids(50), past_key_values=cache)
+    assert not any(store.unverified for layer in cache.layers for store in layer.stores.values())
+    hook = model.model.layers[0].self_attn.v_proj.register_forward_hook(lambda module, args, out: out * torch.nan)
+    with pytest.raises(NotFinite, match="layer 0: the values to encode hold NaN"):
+        model(ids(9), past_key_values=cache)
+    hook.remove()
+    assert {layer.get_seq_length() for layer in cache.layers} == {59}
+    with pytest.raises(CacheMismatch, match="cannot be encoded"):
+        model(ids(1), past_key_values=cache)
+    cache.reset()
+    model(ids(9), past_key_values=cache)
 
 
 def test_a_mask_that_hides_stored_tokens_is_refused() -> None:

@@ -1,6 +1,10 @@
-"""The CUDA sources on a CPU: compiled with emulate.h by a C++ compiler, and put in the place of a GPU's kernels."""
+"""The CUDA sources on a CPU: compiled with emulate.h by a C++ compiler, and put in the place of a GPU's kernels.
+
+KVMOSAIC_EMULATOR_FLAGS: more options for the compiler, e.g. those of a sanitizer (docs/gpu.md).
+"""
 
 import ctypes
+import os
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -59,6 +63,7 @@ class Emulator:
         written.write_text(SOURCE.format(macros=defined, file=gpu.FOLDER / file, name=name))
         built = written.with_suffix(".so")
         options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{gpu.FOLDER}", f"-I{HERE}"]
+        options += os.environ.get("KVMOSAIC_EMULATOR_FLAGS", "").split()
         assert COMPILER is not None, "skipped without one"
         done = subprocess.run([COMPILER, *options, str(written), "-o", str(built)], capture_output=True, text=True)
         assert not done.returncode, done.stderr[:4000]

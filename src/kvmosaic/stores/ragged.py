@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvmosaic.kernels import attention
-from kvmosaic.stores.coded import CodedStore
+from kvmosaic.stores.coded import CodedStore, answers_at_once
 from kvmosaic.stores.lane import Lane
 
 
@@ -31,7 +31,7 @@ class RaggedStore:
 
     def put(self, keys: Tensor, values: Tensor, keep: Tensor | None, position: Tensor | None = None) -> None:
         """As `CodedStore.put`."""
-        if keys.device.type == "cpu":  # before any row is written
+        if answers_at_once(keys.device):  # before any row is written
             self.rows[0][0].examine(*(x if keep is None else x.where(keep[..., None], 0) for x in (keys, values)))
         for row, head, store in self._stores():
             store.put(
