@@ -52,7 +52,7 @@ LM, VLM = ("--model", "mosaic-lm"), ("--model", "mosaic-vlm")
             ("calibrate", *LM, "--out", "c", "--method", "cq"),
             "cq learns from --data (a text or a task) or from --images",
         ),
-        (("calibrate", *LM, "--out", "c", "--method", "cq", "--images", "."), "has 0 pictures"),
+        (("calibrate", *LM, "--out", "c", "--method", "cq", "--images", str(Path(__file__).parent)), "has 0 pictures"),
         (("calibrate", *LM, "--out", "c", "--method", "cq bit=4", "--data", "lines"), "Did you mean 'bits'?"),
         (("calibrate", *LM, "--out", "c", "--method", "cq", "--data", "line"), "no task 'line'. Did you mean 'lines'?"),
         (("calibrate", *LM, "--out", "c", "--method", "cq", "--data", ";"), "nothing to learn from in ';'"),

@@ -1,8 +1,8 @@
 // Attention of a step's queries over one coded store, on the codes as they lie: no code is ever turned back into a number.
 //
-// A block of threads takes one part of one KV head's tokens: some of the codes, some of the tokens that are still exact, and
-// the last part the step's own; of rotated codes a part of its own has all that is exact. Each part leaves maximum, sum and
-// output; the kernel `combine` joins them, in order, so the same input gives the same bits.
+// A block of threads takes one part of one KV head's tokens: some of the codes, and some of the tokens that are exact, stored or
+// the step's own; of rotated codes a part of its own has all that is exact. Each part leaves maximum, sum and output, which
+// are joined in order (combine.cuh), so the same input gives the same bits.
 //
 // Integer products: a logit is sum of query times scale times code. The scaled query is written as 15-bit integers in two
 // signed bytes (columns 2h and 2h + 1 of the product are the high and the low byte of head h), codes are the unsigned
