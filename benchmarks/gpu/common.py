@@ -52,19 +52,24 @@ def write(name: str, setting: dict[str, Any], rows: list[dict[str, Any]], out: P
     print(f"written to {path}")
 
 
+def elapsed(run: Callable[[], Any]) -> float:
+    """Microseconds of one call on the device, by events around it."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    run()
+    events[1].record()
+    events[1].synchronize()
+    return events[0].elapsed_time(events[1]) * 1e3
+
+
 def microseconds(run: Callable[[], Any], seconds: float = 0.15, most: int = 300) -> float:
-    """Median time of one call on the device, by events around each."""
+    """Median of `elapsed`."""
     for _ in range(3):
         run()
     times: list[float] = []
     total = 0.0
     while (total < seconds * 1e6 and len(times) < most) or len(times) < 7:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        run()
-        events[1].record()
-        events[1].synchronize()
-        times.append(events[0].elapsed_time(events[1]) * 1e3)
+        times.append(elapsed(run))
         total += times[-1]
     return statistics.median(times)
 

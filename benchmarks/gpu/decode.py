@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import copy_bandwidth, machine, microseconds, parser, random_store, write
+from common import copy_bandwidth, elapsed, machine, microseconds, parser, random_store, write
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import QuantizedCache
 from transformers.generation import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
@@ -82,6 +82,21 @@ def captured(model: LlamaForCausalLM, cache: kvmosaic.Cache, batch: int, room: i
             for _ in range(WARM_UP + 1):
                 steps._advance()
     return steps
+
+
+def step_time(model: LlamaForCausalLM, cache: kvmosaic.Cache, batch: int, room: int, compiled: bool) -> float:
+    """Microseconds of a replayed step; afterwards the cache is as any other."""
+    steps = captured(model, cache, batch, room, compiled)
+    assert steps.graph is not None, "captured"
+    each = microseconds(steps.graph.replay, 0.6, 60)
+    cache.unpin()
+    return each
+
+
+def prompt_time(model: Any, cache: kvmosaic.Cache, ids: torch.Tensor) -> float:
+    """Microseconds of a prompt, ids [B, T]."""
+    with torch.no_grad():
+        return elapsed(lambda: model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1))
 
 
 def cache_bytes(cache: kvmosaic.Cache) -> int:

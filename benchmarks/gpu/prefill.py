@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from common import by_run, copy_bandwidth, cq, kivi, machine, microseconds, parser, tier_of, write
-from decode import CONFIG, random_model, recipe
+from decode import CONFIG, prompt_time, random_model, recipe
 
 import kvmosaic
 from kvmosaic import Cache, methods
@@ -59,13 +59,7 @@ def prompts(model: Any) -> list[dict[str, Any]]:
     for _ in range(6):
         for text in RECIPES:
             cache = Cache(model, recipe(text))
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-            with torch.no_grad():
-                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            events[1].record()
-            events[1].synchronize()
-            times[text].append(events[0].elapsed_time(events[1]) * 1e3)
+            times[text].append(prompt_time(model, cache, ids))
     medians = {text: statistics.median(each[1:]) for text, each in times.items()}  # the first ones compile
     rows: list[dict[str, Any]] = []
     for text, each in medians.items():

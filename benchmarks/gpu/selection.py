@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import graphed, machine, microseconds, parser, random_store, write
-from decode import CONFIG, cache_bytes, captured, random_model, recipe
+from decode import CONFIG, cache_bytes, captured, prompt_time, random_model, recipe, step_time
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -74,11 +74,8 @@ def whole_step(model: Any, text: str, batch: int, context: int, compiled: bool) 
     for layer in cache.layers:
         fill(layer, text, batch, context)
     held = cache_bytes(cache)
-    steps = captured(model, cache, batch, ROOM, compiled)
-    assert steps.graph is not None, "captured"
-    each = microseconds(steps.graph.replay, 0.6, 60)
-    cache.unpin()
-    del steps, cache
+    each = step_time(model, cache, batch, ROOM, compiled)
+    del cache
     gc.collect()
     torch.cuda.empty_cache()
     return each, held
@@ -179,13 +176,7 @@ def prompt(model: Any, chosen: Recipe, ids: Tensor, times: int = 3) -> tuple[flo
     found = []
     for _ in range(times):
         held = kvmosaic.Cache(model, chosen)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        with torch.no_grad():
-            model(input_ids=ids, past_key_values=held, use_cache=True, logits_to_keep=1)
-        events[1].record()
-        events[1].synchronize()
-        found.append(events[0].elapsed_time(events[1]) * 1e3)
+        found.append(prompt_time(model, held, ids))
     return statistics.median(found[1:]), held  # the first one compiles
 
 

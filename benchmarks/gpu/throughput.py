@@ -9,8 +9,8 @@ import gc
 from typing import Any
 
 import torch
-from common import machine, microseconds, parser, write
-from decode import CONFIG, cache_bytes, captured, filled, random_model, rival_step
+from common import machine, parser, write
+from decode import CONFIG, cache_bytes, filled, random_model, rival_step, step_time
 from transformers import DynamicCache
 
 TEXT, NEW = 71, 300
@@ -55,11 +55,8 @@ def main() -> None:
                     own = visual if "calibquant" in text else 0
                     # half of the new tokens: the mean of a step's length
                     cache = filled(model, text, batch, TEXT + NEW // 2 + visual - own, own, room=NEW)
-                    steps = captured(model, cache, batch, NEW, not arguments.eager)
-                    assert steps.graph is not None, "captured"
-                    each = microseconds(steps.graph.replay, 0.6, 60)
-                    cache.unpin()
-                    del steps, cache
+                    each = step_time(model, cache, batch, NEW, not arguments.eager)
+                    del cache
                 gc.collect()
                 torch.cuda.empty_cache()
                 rate = batch / each * 1e6

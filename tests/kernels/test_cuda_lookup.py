@@ -7,7 +7,7 @@ from kvmosaic.codecs import Coupled, Exact
 from kvmosaic.kernels import encode, gpu
 from kvmosaic.kernels.attention import cuda
 from kvmosaic.stores import Lane
-from tests.kernels.test_cuda_attention import assert_alike, both, filled
+from tests.kernels.test_cuda_attention import assert_alike, assert_nan_stays_in_its_row, both, filled
 from tests.kernels.test_cuda_encode import codes_differ
 
 
@@ -53,13 +53,7 @@ def test_a_small_shared_memory_makes_it_slower_not_wrong(
 
 
 def test_nan_in_a_query_stays_in_its_row(gpu_device: torch.device) -> None:
-    store = filled(coupled(64, 8, 4), gpu_device, lengths=(150,))
-    query = torch.randn(2, 2, 4, 64).to(gpu_device)
-    query[0, 1, 2, 5] = torch.nan
-    part = cuda.attend(store.keys, store.values, store.length, query, 0.125, None, None, None)
-    assert part is not None
-    bad = part.out.isnan().any(-1)
-    assert bool(bad[0, 1, 2]) and int(bad.sum()) == 1
+    assert_nan_stays_in_its_row(filled(coupled(64, 8, 4), gpu_device, lengths=(150,)))
 
 
 @pytest.mark.parametrize(("channels", "c", "bits"), [(64, 8, 8), (80, 2, 3), (128, 8, 10)])

@@ -101,7 +101,7 @@ def attend(
         return None
     query = query.contiguous()
     part = Partial(torch.empty_like(query), query.new_empty(query.shape[:3]))
-    attend_all([source], query, scale, softcap, fresh, part)
+    join(parts([source], query, scale, softcap, fresh, part), source)
     return part
 
 
@@ -119,20 +119,13 @@ def serves(source: Source) -> bool:
     )
 
 
-def attend_all(
-    sources: Sequence[Source],
-    query: Tensor,
-    scale: float,
-    softcap: float | None,
-    fresh: tuple[Tensor, Tensor] | None,
-    into: Partial | Tensor,
-) -> None:
-    """As `parts`, and joined."""
-    joined = parts(sources, query, scale, softcap, fresh, into)
-    keys = sources[0].keys
+def join(joined: gpu.Joined, source: Source) -> None:
+    """Join `parts` now; source: any of theirs."""
+    keys, length = source.keys, source.length
     macros = {"HEAD": str(keys.channels), "NUMBER": str(gpu.NUMBERS[keys.ring.dtype])}
-    rows = sources[0].length.numel()
-    gpu.kernel("attention/combine.cu", "combine_parts", macros, query.device)((rows, joined.count, 1), joined)
+    gpu.kernel("attention/combine.cu", "combine_parts", macros, length.device)(
+        (length.numel(), joined.count, 1), joined
+    )
 
 
 def parts(

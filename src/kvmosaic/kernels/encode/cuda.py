@@ -171,19 +171,7 @@ def _macros(lane: LaneBytes, keys: gpu.Form, values: gpu.Form) -> dict[str, str]
 def _side(lane: LaneBytes) -> tuple[_Side, list[Tensor]]:
     """The lane's tensors as the kernels write them, and what must outlive the launch."""
     described, device = gpu.describe(lane), lane.coded.device
-    shared = (
-        "codes",
-        "scale",
-        "low",
-        "channel",
-        "exact",
-        "coded",
-        "code_stride",
-        "entry_stride",
-        "exact_room",
-        "ring",
-        "runs",
-    )
+    shared = {field[0] for field in _Side._fields_} & {field[0] for field in gpu.Lane._fields_}
     side = _Side(**{name: getattr(described, name) for name in shared})
     side.window, side.flush = lane.lane.window, lane.lane.flush
     held = []
