@@ -33,7 +33,7 @@ MOST_CHANNELS = 256
 FITS = ("", "norm", "matched", "unbiased", "least")
 
 MOST_STORES = 4
-INCLUDED = ("warp.cuh", *(f"attention/{name}.cuh" for name in ("work", "streams", "combine")))
+INCLUDED = ("warp.cuh", *(f"attention/{name}.cuh" for name in ("work", "streams", "combine")), "encode/append.cuh")
 THREADS = 128
 """Of a block, unless a kernel says otherwise."""
 
@@ -92,6 +92,15 @@ class Joined(ctypes.Structure):
         *((name, _pointer) for name in ("out", "most", "sum", "rows", "lse", "numbers")),
         ("unrotate", _pointer * MOST_STORES), ("first", _int * (MOST_STORES + 1)), ("tails", _int * MOST_STORES),
         *((name, _int) for name in ("stores", "count")),
+    ]  # fmt: skip
+
+
+class StepEnd(ctypes.Structure):
+    """`struct StepEnd` of encode/append.cuh."""
+
+    _fields_ = [
+        *((name, _pointer) for name in ("length", "slot", "arrived", "live")),
+        ("fresh", Fresh), ("joined", Joined), ("heads", _int),
     ]  # fmt: skip
 
 

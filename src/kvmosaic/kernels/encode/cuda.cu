@@ -4,7 +4,7 @@
 // memory so that the four of a word lie together, then whole words in the layout "fragments", of which the bits of other
 // tokens stay.
 // The macros are those of attention/cuda.cu, with FIT: how a token of fixed levels is scaled, and UNIT: its "norm".
-#include "attention/combine.cuh"
+#include "encode/append.cuh"
 
 enum { EXACT, CHANNEL, TOKEN };
 enum { UNIFORM, NORM, MATCHED, UNBIASED, LEAST_SQUARES };
@@ -45,13 +45,7 @@ struct Side {          // a lane to be written; a row is a KV head of a sequence
 
 struct Append {
   Side keys, values;
-  i64* length;         // [rows], to be one more; or null, and then
-  const i64* slot;     // [rows], where it goes, among tokens that are written one by one; -1: nowhere
-  u32* arrived;        // [rows], zeros between launches
-  const int* live;     // 0: no token is written
-  Fresh fresh;         // that token
-  Joined joined;       // of the step's attention, which has read the store already; count 0 = none
-  int heads;
+  StepEnd end;
 };
 
 struct Writing {       // of one side
@@ -421,24 +415,10 @@ DEVICE void append_to(const Side& side, i64 row, int head, int slot, const u16* 
 }
 
 #if APPENDS
-// a block of threads a row for each query that is to be joined, one for its keys and one for its values
 KERNEL(THREADS, 4) append(const Append w) {
-  const i64 row = blockIdx.x, batch = blockIdx.x / w.heads, head = blockIdx.x % w.heads;
-  const int side = (int)blockIdx.y - w.joined.count;
-  if (side < 0) {
-    combine(w.joined, row, gridDim.x, blockIdx.y);
-    return;
-  }
-  const int live = *w.live, slot = (int)(w.slot == nullptr ? w.length : w.slot)[row];
-  if (!live || slot < 0) return;
-  const Fresh& new_token = w.fresh;
-  if (side == 0)
-    append_to<Keys>(w.keys, row, (int)head, slot, new_token.keys + batch * new_token.key_strides[0] + head * new_token.key_strides[1]);
-  else
-    append_to<Values>(w.values, row, (int)head, slot,
-                      new_token.values + batch * new_token.value_strides[0] + head * new_token.value_strides[1]);
-  barrier();  // each thread has read the length
-  if (threadIdx.x == 0 && w.slot == nullptr && arrive_of_two(w.arrived + row)) w.length[row] = slot + 1;
+  end_step(
+      w.end, [&](i64 row, int head, int slot, const u16* token) { append_to<Keys>(w.keys, row, head, slot, token); },
+      [&](i64 row, int head, int slot, const u16* token) { append_to<Values>(w.values, row, head, slot, token); });
 }
 #else
 KERNEL(THREADS, 6) encode(const Writing w) {

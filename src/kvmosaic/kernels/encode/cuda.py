@@ -28,10 +28,7 @@ class _Side(ctypes.Structure):
 
 
 class _Append(ctypes.Structure):
-    _fields_ = [
-        ("keys", _Side), ("values", _Side), *((name, ctypes.c_void_p) for name in ("length", "slot", "arrived", "live")),
-        ("fresh", gpu.Fresh), ("joined", gpu.Joined), ("heads", ctypes.c_int32),
-    ]  # fmt: skip
+    _fields_ = [("keys", _Side), ("values", _Side), ("end", gpu.StepEnd)]
 
 
 class _Writing(ctypes.Structure):
@@ -120,30 +117,25 @@ def append(
     slot: [B, H] int64, where the token goes if not after the others, -1 = nowhere; for lanes that write one by one, and the
         length stays as it is.
     """
-    joined = joined or gpu.Joined()
+    batch, heads = length.shape
+    joined, device = joined or gpu.Joined(), length.device
+    end = gpu.StepEnd(
+        arrived=arrived.data_ptr(), live=live.data_ptr(), fresh=gpu.fresh(*new), joined=joined, heads=heads
+    )
+    if slot is None:
+        end.length = length.data_ptr()
+    else:
+        end.slot = slot.data_ptr()
+    grid = (batch * heads, joined.count + 2, 1)
     if isinstance(keys.lane.codec, Coupled):
-        return lookup.append(keys, values, length, arrived, live, new, joined)
+        return lookup.append(keys, values, end, grid, device)
     forms = [gpu.form(lane.lane.codec, lane.role, lane.channels) for lane in (keys, values)]
     key_form, value_form = forms
     assert isinstance(key_form, gpu.Form) and isinstance(value_form, gpu.Form), "asked before (`why_not`)"
     key_side, held_keys = _side(keys)
     value_side, held_values = _side(values)
-    batch, heads = length.shape
-    arguments = _Append(
-        key_side,
-        value_side,
-        arrived=arrived.data_ptr(),
-        live=live.data_ptr(),
-        fresh=gpu.fresh(*new),
-        joined=joined,
-        heads=heads,
-    )
-    if slot is None:
-        arguments.length = length.data_ptr()
-    else:
-        arguments.slot = slot.data_ptr()
     macros = _macros(keys, key_form, value_form) | {"APPENDS": "1"}
-    gpu.kernel("encode/cuda.cu", "append", macros, length.device)((batch * heads, joined.count + 2, 1), arguments)
+    gpu.kernel("encode/cuda.cu", "append", macros, device)(grid, _Append(key_side, value_side, end))
     del held_keys, held_values
 
 

@@ -2,7 +2,7 @@
 //
 // The code of a group is the nearest of its centroids, found by |c|^2 / 2 - x . c; codes of a token lie as a stream of bits.
 // Compiled for HEAD, NUMBER, and of each side (for `encode`: of the one that is written, as KEY) BITS and COUPLED.
-#include "attention/combine.cuh"
+#include "encode/append.cuh"
 
 constexpr int THREADS = 128, WARPS = THREADS / 32, AT_ONCE = 256;  // centroids of a group in shared memory
 
@@ -29,12 +29,7 @@ struct Side {           // a lane to be written; a row is a KV head of a sequenc
 
 struct Append {
   Side keys, values;
-  i64* length;          // [rows], to be one more
-  u32* arrived;         // [rows], zeros between launches
-  const int* live;      // 0: no token is written
-  Fresh fresh;          // that token
-  Joined joined;        // of the step's attention, which has read the store already; count 0 = none
-  int heads;
+  StepEnd end;
 };
 
 struct Writing {        // of one side
@@ -108,24 +103,11 @@ DEVICE void append_to(const Side& side, i64 row, i64 head, int slot, const u16* 
     for (int d = threadIdx.x; d < HEAD; d += THREADS) place[d] = token[d];
 }
 
-// a block of threads a row for each query that is to be joined, one for its keys and one for its values
 KERNEL(THREADS, 4) append(const Append w) {
-  const i64 row = blockIdx.x, batch = row / w.heads, head = row % w.heads;
-  const int side = (int)blockIdx.y - w.joined.count;
-  if (side < 0) {
-    combine(w.joined, row, gridDim.x, blockIdx.y);
-    return;
-  }
-  const int live = *w.live, slot = (int)w.length[row];
-  if (!live) return;
-  const Fresh& f = w.fresh;
-  if (side == 0)
-    append_to<Keys>(w.keys, row, head, slot, f.keys + batch * f.key_strides[0] + head * f.key_strides[1]);
-  else
-    append_to<Of<VALUE_BITS, VALUE_COUPLED>>(w.values, row, head, slot,
-                                             f.values + batch * f.value_strides[0] + head * f.value_strides[1]);
-  barrier();  // each thread has read the length
-  if (threadIdx.x == 0 && arrive_of_two(w.arrived + row)) w.length[row] = slot + 1;
+  using Values = Of<VALUE_BITS, VALUE_COUPLED>;
+  end_step(
+      w.end, [&](i64 row, int head, int slot, const u16* token) { append_to<Keys>(w.keys, row, head, slot, token); },
+      [&](i64 row, int head, int slot, const u16* token) { append_to<Values>(w.values, row, head, slot, token); });
 }
 #else
 // a token for each thread; centroids come to shared memory some at a time, with half of their squared length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kvmosaic.codecs import Coupled
@@ -22,10 +23,7 @@ class _Side(ctypes.Structure):
 
 
 class _Append(ctypes.Structure):
-    _fields_ = [
-        ("keys", _Side), ("values", _Side), *((name, ctypes.c_void_p) for name in ("length", "arrived", "live")),
-        ("fresh", gpu.Fresh), ("joined", gpu.Joined), ("heads", ctypes.c_int32),
-    ]  # fmt: skip
+    _fields_ = [("keys", _Side), ("values", _Side), ("end", gpu.StepEnd)]
 
 
 class _Writing(ctypes.Structure):
@@ -57,23 +55,12 @@ def write(lane: LaneBytes, x: Tensor, count: Tensor | None) -> bool:
 
 
 def append(
-    keys: LaneBytes,
-    values: LaneBytes,
-    length: Tensor,
-    arrived: Tensor,
-    live: Tensor,
-    new: tuple[Tensor, Tensor],
-    joined: gpu.Joined,
+    keys: LaneBytes, values: LaneBytes, end: gpu.StepEnd, grid: tuple[int, int, int], device: torch.device
 ) -> None:
     """As `cuda.append`, for lanes of coupled channels."""
-    batch, heads = length.shape
-    arguments = _Append(
-        _side(keys), _side(values), length.data_ptr(), arrived.data_ptr(), live.data_ptr(), gpu.fresh(*new), joined, heads
-    )  # fmt: skip
     macros = {"HEAD": str(keys.channels), "NUMBER": str(gpu.NUMBERS[keys.ring.dtype]), "APPENDS": "1"}
     macros |= _macros("KEY", keys.lane.codec) | _macros("VALUE", values.lane.codec)
-    grid = (batch * heads, joined.count + 2, 1)
-    gpu.kernel("encode/lookup.cu", "append", macros, length.device)(grid, arguments)
+    gpu.kernel("encode/lookup.cu", "append", macros, device)(grid, _Append(_side(keys), _side(values), end))
 
 
 def _macros(side: str, codec: object) -> dict[str, str]:
